@@ -1,0 +1,24 @@
+"""The two ways in which a command can fail, and the exit codes they carry."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MscsError(Exception):
+    """Something went wrong at run time (broken file, full disk, lost worker). Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(MscsError, ValueError):
+    """The request itself is wrong (unknown name, impossible value, missing folder). Exit code 2."""
+
+    exit_code = 2
+
+
+def unknown_name(kind: str, found: object, accepted: Iterable[str]) -> str:
+    """Return one message for an unknown name: what was found, the nearest valid name, all valid names."""
+    names = sorted(accepted)
+    near = difflib.get_close_matches(str(found), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {found!r}{hint} Accepted: {', '.join(names)}"
