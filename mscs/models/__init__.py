@@ -1,0 +1,26 @@
+"""The paper's four architectures on timm backbones: `build_model` and what goes with it.
+
+Names are imported when they are first used, so that `mscs.models.options` can be read without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mscs.models.base import ModelOutput, SegmentationModel
+    from mscs.models.build import build_model, count_parameters
+
+_HOMES = {
+    "ModelOutput": "base",
+    "SegmentationModel": "base",
+    "build_model": "build",
+    "count_parameters": "build",
+}
+
+__all__ = ["ModelOutput", "SegmentationModel", "build_model", "count_parameters"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

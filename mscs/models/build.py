@@ -1,0 +1,65 @@
+"""From a name to a model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from mscs.errors import UsageError, unknown_name
+from mscs.models.backbone import build_backbone
+from mscs.models.base import SegmentationModel
+from mscs.models.deeplabv3 import DeepLabV3
+from mscs.models.hrnet import HRNet
+from mscs.models.ocrnet import OCRNet
+from mscs.models.options import BACKBONE_DEFAULTS, FUSION_DEFAULTS, MODEL_OPTIONS
+from mscs.models.upernet import UPerNet
+
+BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
+    "hrnet": HRNet,
+    "ocrnet": OCRNet,
+    "deeplabv3": DeepLabV3,
+    "upernet": UPerNet,
+}
+
+
+def build_model(
+    name: str,
+    backbone: str,
+    num_classes: int,
+    *,
+    projector: str | None = None,
+    pretrained: bool | str | Path = False,
+    **options: object,
+) -> SegmentationModel:
+    """Return a model that maps images (B, 3, H, W) to a `ModelOutput`.
+
+    Weights without a pretrained file are drawn from torch's default generator: seed it first.
+
+    Args:
+        name: `hrnet`, `ocrnet`, `deeplabv3` or `upernet`.
+        backbone: a timm name, with or without a weight tag.
+        num_classes: K, at least 2.
+        projector: where embeddings branch off: `backbone`, `fpn` (UPerNet), `concat` (HRNet) or None.
+        pretrained: False, True (download or find the pinned weights) or the path of a weight file.
+        options: see `mscs.models.options.MODEL_OPTIONS`.
+
+    Raises:
+        UsageError: an unknown name or option, or a combination that does not exist.
+    """
+    if name not in BUILDERS:
+        raise UsageError(unknown_name("model", name, BUILDERS))
+    for option in options:
+        if option not in MODEL_OPTIONS[name]:
+            raise UsageError(unknown_name(f"option of model {name!r}", option, MODEL_OPTIONS[name]))
+    if num_classes < 2:
+        raise UsageError(f"num_classes must be at least 2, found {num_classes}")
+    settings = MODEL_OPTIONS[name] | options
+    body_names = (*BACKBONE_DEFAULTS, *FUSION_DEFAULTS, "output_stride")
+    body_settings = {key: settings.pop(key) for key in body_names if key in settings}
+    body = build_backbone(backbone, pretrained=pretrained, **body_settings)  # type: ignore[arg-type]
+    return BUILDERS[name](body, num_classes, projector, **settings)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters without those of projectors, which exist in training only."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("projectors."))

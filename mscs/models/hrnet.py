@@ -1,0 +1,52 @@
+"""HRNet's segmentation head: all branches at the finest stride, concatenated, two convolutions."""
+
+import torch
+from torch import Tensor
+
+from mscs.models.backbone import Backbone
+from mscs.models.base import Decoded, SegmentationModel
+from mscs.models.layers import FCNHead, resize
+
+
+def concatenate(features: list[Tensor], align_corners: bool) -> Tensor:
+    """Return all feature maps resized to the first one's size and concatenated, (B, sum of C, h, w)."""
+    size = features[0].shape[-2:]
+    return torch.cat([resize(x, size, align_corners) for x in features], dim=1)
+
+
+class HRNet(SegmentationModel):
+    """Head of HRNetV2 (Wang et al., 2020) as the authors changed it: 3x3 convolution, no ReLU.
+
+    Projector positions: `backbone` (one per branch) and `concat` (one on the concatenation at stride 4,
+    the one-scale case of the paper's Table 2a). Options: see `mscs.models.options`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        projector: str | None,
+        *,
+        align_corners: bool,
+        head_channels: int | None,
+        head_kernel: int,
+        head_relu: bool,
+        head_bias: bool,
+        projector_channels: int,
+    ) -> None:
+        super().__init__(backbone, align_corners=align_corners)
+        total = sum(backbone.channels)
+        self.head = FCNHead(
+            total,
+            head_channels or total,
+            num_classes,
+            kernel=head_kernel,
+            relu=head_relu,
+            classifier_bias=head_bias,
+        )
+        self.add_projectors(projector, {"backbone": backbone.channels, "concat": [total]}, projector_channels)
+
+    def decode(self, features: list[Tensor]) -> Decoded:
+        """Return logits at the finest stride."""
+        joined = concatenate(features, self.align_corners)
+        return Decoded(self.head(joined), None, {"backbone": features, "concat": [joined]})

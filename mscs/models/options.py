@@ -1,0 +1,56 @@
+"""The options of each model and their defaults, in plain Python: reading a configuration needs no torch.
+
+The defaults are those of the paper's own networks. A comment names the value that the recipes `code` (the
+authors' code) or `upstream` (the repository that the architecture comes from) use where they differ.
+"""
+
+BACKBONE_DEFAULTS: dict[str, object] = {
+    "drop_path_rate": None,  # None: 0.3 for Swin, 0 for all others
+    "checkpointing": False,  # recompute the backbone's blocks in the backward pass
+    "backbone_options": {},  # passed to timm.create_model, such as embed_dim, depths, window_size
+}
+FUSION_DEFAULTS: dict[str, object] = {
+    "fuse_align_corners": False,  # upsampling inside HRNet; upstream: True
+}
+COMMON_DEFAULTS: dict[str, object] = {**BACKBONE_DEFAULTS, "projector_channels": 256}
+
+MODEL_OPTIONS: dict[str, dict[str, object]] = {
+    "hrnet": {
+        **COMMON_DEFAULTS,
+        **FUSION_DEFAULTS,
+        "align_corners": True,
+        "head_channels": None,  # None: as many as the concatenated features have
+        "head_kernel": 3,  # upstream: 1
+        "head_relu": False,  # upstream: True
+        "head_bias": False,  # of the classifier; upstream: True
+    },
+    "ocrnet": {
+        **COMMON_DEFAULTS,
+        **FUSION_DEFAULTS,
+        "align_corners": True,
+        "output_stride": 8,  # of backbones other than HRNet
+        "mid_channels": 512,
+        "key_channels": 256,
+        "aux_channels": None,  # None: mid_channels; upstream: 720
+        "aux_kernel": 3,  # upstream: 1
+        "dropout": 0.0,  # upstream: 0.05
+    },
+    "deeplabv3": {
+        **COMMON_DEFAULTS,
+        "align_corners": True,
+        "output_stride": 8,
+        "aspp_channels": 256,
+        "aspp_rates": (12, 24, 36),
+        "aspp_bn_eps": 3e-4,  # torch's default is 1e-5
+    },
+    "upernet": {
+        **COMMON_DEFAULTS,
+        "align_corners": False,
+        "channels": 512,
+        "pool_sizes": (1, 2, 3, 6),
+        "ppm_upsample_first": True,  # pool, upsample, convolve; upstream: False (pool, convolve, upsample)
+        "dropout": 0.1,
+        "aux_index": "auto",  # stage that feeds the auxiliary head; auto: 2 for Swin, else no head; code: 3
+        "aux_channels": 256,
+    },
+}

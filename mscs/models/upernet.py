@@ -1,0 +1,107 @@
+"""UPerNet (Xiao et al., 2018): pyramid pooling on the coarsest map, a feature pyramid below it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mscs.errors import UsageError
+from mscs.models.backbone import Backbone
+from mscs.models.base import Decoded, SegmentationModel
+from mscs.models.layers import FCNHead, conv_norm_relu, resize
+
+
+class PyramidPooling(nn.Module):
+    """The coarsest map beside its averages over grids of `pool_sizes`, fused by a 3x3 convolution.
+
+    `upsample_first` convolves after upsampling, as the authors' code does. The two orders differ: bilinear
+    interpolation does not commute with batch norm and ReLU.
+
+    Shape: (B, inputs, h, w) -> (B, channels, h, w).
+    """
+
+    def __init__(self, inputs: int, channels: int, pool_sizes: tuple[int, ...], upsample_first: bool) -> None:
+        super().__init__()
+        self.pool_sizes = tuple(pool_sizes)
+        self.upsample_first = upsample_first
+        self.convs = nn.ModuleList(conv_norm_relu(inputs, channels) for _ in pool_sizes)
+        self.fuse = conv_norm_relu(inputs + len(pool_sizes) * channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fused map."""
+        convolves_pixel = 1 in self.pool_sizes and not self.upsample_first
+        if convolves_pixel and self.training and x.shape[0] == 1 and isinstance(self.fuse[1], nn.BatchNorm2d):
+            raise UsageError(
+                "pyramid pooling to 1x1 cannot train batch norm on a batch of one image; "
+                "use a larger batch or ppm_upsample_first=True"
+            )
+        maps = [x]
+        for size, conv in zip(self.pool_sizes, self.convs, strict=True):
+            pooled = F.adaptive_avg_pool2d(x, size)
+            if self.upsample_first:
+                maps.append(conv(resize(pooled, x.shape[-2:], False)))
+            else:
+                maps.append(resize(conv(pooled), x.shape[-2:], False))
+        return self.fuse(torch.cat(maps, dim=1))
+
+
+class UPerNet(SegmentationModel):
+    """UPerNet with an optional auxiliary head.
+
+    Projector positions: `backbone` (one per backbone feature) and `fpn` (one per pyramid level, the coarsest
+    being the pooled map). Options: see `mscs.models.options`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        projector: str | None,
+        *,
+        align_corners: bool,
+        channels: int,
+        pool_sizes: tuple[int, ...],
+        ppm_upsample_first: bool,
+        dropout: float,
+        aux_index: int | str | None,
+        aux_channels: int,
+        projector_channels: int,
+    ) -> None:
+        super().__init__(backbone, align_corners=align_corners)
+        *fine, coarsest = backbone.channels
+        self.ppm = PyramidPooling(coarsest, channels, pool_sizes, ppm_upsample_first)
+        self.lateral = nn.ModuleList(conv_norm_relu(inputs, channels) for inputs in fine)
+        self.smooth = nn.ModuleList(conv_norm_relu(channels, channels, 3) for _ in fine)
+        self.fuse = conv_norm_relu(len(backbone.channels) * channels, channels, 3)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.aux_index = self._resolve_aux_index(aux_index)
+        self.aux_head: FCNHead | None = None
+        if self.aux_index is not None:
+            inputs = backbone.channels[self.aux_index]
+            self.aux_head = FCNHead(inputs, aux_channels, num_classes, dropout=dropout)
+        levels = {"backbone": backbone.channels, "fpn": [channels] * len(backbone.channels)}
+        self.add_projectors(projector, levels, projector_channels)
+
+    def _resolve_aux_index(self, index: int | str | None) -> int | None:
+        if index == "auto":
+            return 2 if self.backbone.family == "swin" else None
+        if index is None or (isinstance(index, int) and 0 <= index < len(self.backbone.channels)):
+            return index
+        last = len(self.backbone.channels) - 1
+        raise UsageError(f"aux_index must be 'auto', None or a stage from 0 to {last}, found {index!r}")
+
+    def decode(self, features: list[Tensor]) -> Decoded:
+        """Return logits at the finest stride, auxiliary logits at their stage's stride."""
+        top_down = self.ppm(features[-1])
+        levels = [top_down]
+        for i in reversed(range(len(self.lateral))):
+            lateral = self.lateral[i](features[i])
+            top_down = lateral + resize(top_down, lateral.shape[-2:], self.align_corners)
+            levels.insert(0, self.smooth[i](top_down))
+        size = levels[0].shape[-2:]
+        joined = torch.cat([resize(x, size, self.align_corners) for x in levels], dim=1)
+        logits = self.classifier(self.dropout(self.fuse(joined)))
+        aux_logits = None
+        if self.aux_head is not None and self.aux_index is not None:
+            aux_logits = self.aux_head(features[self.aux_index])
+        return Decoded(logits, aux_logits, {"backbone": features, "fpn": levels})
