@@ -1,0 +1,161 @@
+"""What every dataset is: a list of image and label files, one label table, and a way to read a sample."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from mscs.datasets.labels import IGNORE_INDEX, LabelSet
+from mscs.errors import MscsError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its label.
+
+    image: uint8 (H, W, 3), RGB; label: uint8 (H, W), training ids, 255 = ignored; id: unique in the dataset.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where one sample lies, relative to the dataset's root folder."""
+
+    id: str
+    image: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The samples of one split, and the lookup table from label files to training ids (256 bytes)."""
+
+    entries: list[Entry]
+    lookup: bytes
+    known_raw_values: frozenset[int]
+
+
+class Dataset:
+    """A split of one dataset; `dataset[i]` reads, decodes and maps sample i."""
+
+    ignore_index = IGNORE_INDEX
+
+    def __init__(self, labels: LabelSet, split: str, root: Path, index: Index) -> None:
+        self.labels = labels
+        self.name = labels.dataset
+        self.task = labels.task
+        self.split = split
+        self.root = root
+        self.num_classes = labels.num_classes
+        self.classes = labels.classes
+        self.colors = np.array(labels.colors, dtype=np.uint8)
+        self.class_weights = labels.class_weights
+        self.entries = index.entries
+        self.ids = tuple(entry.id for entry in index.entries)
+        self.known_raw_values = index.known_raw_values
+        self._lookup = np.frombuffer(index.lookup, dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, i: int) -> Sample:
+        entry = self.entries[i]
+        image = read_image(self.root / entry.image)
+        label = read_label(self.root / entry.label)
+        if image.shape[:2] != label.shape:
+            raise MscsError(
+                f"{self.root / entry.label}: label is {label.shape[1]}x{label.shape[0]} pixels, "
+                f"its image {image.shape[1]}x{image.shape[0]}. Fetch {self.name} again"
+            )
+        return Sample(image, cv2.LUT(label, self._lookup), entry.id)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read a colour image as uint8 (H, W, 3) RGB."""
+    image = cv2.imread(os.fspath(path), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise _unreadable(path)
+    return image
+
+
+def read_label(path: Path) -> np.ndarray:
+    """Read a label file as the raw uint8 values (H, W) that it holds."""
+    label = cv2.imread(os.fspath(path), cv2.IMREAD_UNCHANGED)
+    if label is None:
+        raise _unreadable(path)
+    if label.ndim == 3:
+        # OpenCV expands a palette to its colours; the class ids are the palette's indices.
+        with Image.open(path) as file:
+            label = np.asarray(file)
+            if file.mode != "P":
+                raise MscsError(
+                    f"{path}: label is a {file.mode} image; expected one 8-bit channel of class ids"
+                )
+    if label.dtype != np.uint8:
+        raise MscsError(f"{path}: label holds {label.dtype} values; expected 8-bit class ids")
+    return label
+
+
+def _unreadable(path: Path) -> MscsError:
+    if not path.exists():
+        return MscsError(f"{path}: file is missing. `mscs data verify` lists everything that is wrong")
+    return MscsError(f"{path}: cannot be decoded (broken or truncated). Fetch the dataset again")
+
+
+def require_folder(dataset: str, folder: Path) -> Path:
+    """Return `folder`, or raise UsageError saying how to get the dataset."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"{dataset}: no folder {folder}. Get the real dataset with `mscs data fetch {dataset}`, "
+            f"or generated scenes in the same layout with `mscs data synth {dataset}` "
+            "(both take --root; the default is $MSCS_DATA/<name>, else data/<name>)"
+        )
+    return folder
+
+
+def names_in(folder: Path, suffix: str) -> list[str]:
+    """Return the sorted names of the files in `folder` that end in `suffix`, without the suffix."""
+    with os.scandir(folder) as files:
+        return sorted(file.name.removesuffix(suffix) for file in files if file.name.endswith(suffix))
+
+
+def pair(
+    dataset: str, root: Path, images: Sequence[str], labels: Sequence[str], ids: Sequence[str]
+) -> list[Entry]:
+    """Return the entries; raise MscsError if a folder is empty or a label file is missing."""
+    existing: dict[str, set[str]] = {}
+    entries = []
+    for image, label, name in zip(images, labels, ids, strict=True):
+        folder, file = os.path.split(label)
+        if folder not in existing:
+            existing[folder] = set(os.listdir(require_folder(dataset, root / folder)))
+        if file not in existing[folder]:
+            raise MscsError(f"{root / image} has no label: {root / label} is missing. Fetch {dataset} again")
+        entries.append(Entry(name, image, label))
+    if not entries:
+        raise MscsError(f"{dataset}: found no images under {root}. Fetch the dataset again")
+    return entries
+
+
+def index_of(labels: LabelSet, entries: list[Entry]) -> Index:
+    """Return the index of a dataset whose label files hold the raw values of its label table."""
+    return Index(entries, labels.lookup(), labels.known_raw_values())
+
+
+def identity_index(labels: LabelSet, entries: list[Entry]) -> Index:
+    """Return the index of a dataset whose label files already hold training ids."""
+    ids = range(labels.num_classes)
+    identity = dataclasses.replace(labels, raw_ids=tuple((i,) for i in ids), ignored_raw_ids=(IGNORE_INDEX,))
+    return index_of(identity, entries)
+
+
+Indexer = Callable[..., Index]

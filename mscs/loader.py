@@ -1,0 +1,136 @@
+"""Training batches as a function of (seed, step) alone.
+
+The order of samples is a permutation per epoch, the augmentation of a sample a function of (seed, epoch,
+sample). So every number of workers and processes gives the same global batches, and a loader that starts at
+step t continues the stream of one that started at 0.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mscs.datasets.base import Dataset, Sample
+from mscs.errors import UsageError
+from mscs.seeding import numpy_generator
+
+
+class Batch(NamedTuple):
+    """One process's part of a global batch: images float32 (b, 3, h, w), labels int64 (b, h, w)."""
+
+    images: Tensor
+    labels: Tensor
+    ids: list[str]
+    step: int
+
+
+class Transform(Protocol):
+    """What turns a sample into tensors, e.g. `mscs.transforms.TrainTransform`."""
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Return the image and the label."""
+
+
+class Draw(NamedTuple):
+    """Which sample to read, and the epoch that its augmentation belongs to."""
+
+    epoch: int
+    sample: int
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(num_samples: int, seed: int, epoch: int) -> list[int]:
+    return numpy_generator(seed, "order", epoch).permutation(num_samples).tolist()
+
+
+def draws_of_step(num_samples: int, batch_size: int, seed: int, step: int) -> list[Draw]:
+    """Return the global batch of a step: the next slice of the epoch's permutation, incomplete ones dropped.
+
+    A dataset smaller than a batch is drawn from again, in a new permutation that counts as a new epoch.
+    """
+    steps_per_epoch = num_samples // batch_size
+    if steps_per_epoch:
+        epoch, position = divmod(step, steps_per_epoch)
+        first = epoch * num_samples + position * batch_size
+    else:
+        first = step * batch_size
+    places = (divmod(place, num_samples) for place in range(first, first + batch_size))
+    return [Draw(epoch, _permutation(num_samples, seed, epoch)[position]) for epoch, position in places]
+
+
+def train_loader(
+    dataset: Dataset,
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int,
+    num_steps: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Iterate over the batches of steps start_step .. num_steps - 1.
+
+    Args:
+        dataset: what to read.
+        transform: called as transform(sample, rng).
+        batch_size: of the global batch; each of `world_size` processes gets the rank-th contiguous part.
+        seed: of the order and the augmentation.
+        num_steps: one past the last step.
+        start_step: first step.
+        rank: of this process.
+        world_size: number of processes.
+        num_workers: processes that read ahead; 0 reads in this one.
+        pin_memory: copy batches to page-locked memory (for transfers to a GPU).
+
+    Raises:
+        UsageError: the batch cannot be divided among the processes.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise UsageError(
+            f"a global batch of {batch_size} cannot be divided among {world_size} processes; use a multiple"
+        )
+    part = batch_size // world_size
+    mine = slice(rank * part, (rank + 1) * part)
+    steps = range(start_step, num_steps)
+    batches = (draws_of_step(len(dataset), batch_size, seed, step)[mine] for step in steps)
+    loader = DataLoader(
+        _Augmented(dataset, transform, seed),
+        batch_sampler=batches,
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_single_threaded,
+        prefetch_factor=2 if num_workers else None,
+    )
+    for step, (images, labels, ids) in zip(steps, loader, strict=True):
+        yield Batch(images, labels, ids, step)
+
+
+class _Augmented(torch.utils.data.Dataset):
+    """Reads and transforms one draw."""
+
+    def __init__(self, dataset: Dataset, transform: Transform, seed: int) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, str]:
+        sample = self.dataset[draw.sample]
+        image, label = self.transform(sample, numpy_generator(self.seed, "augment", draw.epoch, draw.sample))
+        return image, label, sample.id
+
+
+def _collate(parts: Sequence[tuple[Tensor, Tensor, str]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, ids = zip(*parts, strict=True)
+    return torch.stack(images), torch.stack(labels), list(ids)
+
+
+def _single_threaded(_worker: int) -> None:
+    """One thread per worker: the workers are the parallelism."""
+    cv2.setNumThreads(0)
