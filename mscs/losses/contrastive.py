@@ -1,0 +1,264 @@
+"""The contrastive term of one scale (anchors against themselves) or of a pair of scales.
+
+With similarities s_ij = x_i.y_j / temperature, positives P_i (same class, not i itself) and negatives N_i
+(other classes), the loss is the mean over anchors of
+
+    1/|P_i| * sum_{p in P_i} -log( exp(s_ip) / (exp(s_ip) + sum_{n in N_i} exp(s_in)) )
+
+which is 1/|P_i| * sum_p softplus(nlse_i - s_ip), where nlse_i is the log-sum-exp over the negatives. Value
+and gradient need three numbers per anchor, so no backend but "reference" ever holds an N x M matrix.
+"""
+
+import math
+import os
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mscs.losses.tiled import TiledEngine
+
+BACKENDS = ("auto", "reference", "tiled", "triton")
+PRECISIONS = ("auto", "fp32", "fp16")
+_REFERENCE_PAIRS = 512 * 512  # below this many pairs the dense formula is the fastest on a CPU
+MAX_TRITON_CHANNELS = 256  # a row of either operand stays on chip as one block
+_BOUNDED_EXPONENT = 80.0  # the exponents of unit rows span 2/temperature: exp() of them fits float32
+
+
+def contrastive_loss(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Tensor:
+    """Return the supervised contrastive loss, the mean over anchors of the formula above.
+
+    An anchor without a positive or without a negative contributes exactly 0 and is counted in the mean. With
+    no anchors, or nothing to contrast, the result is a zero attached to the graph.
+
+    Args:
+        anchors: (N, C) float, any layout. float64 is kept, other dtypes are evaluated in float32, also
+            inside autocast.
+        anchor_labels: (N,) integer classes; every value is a class of its own, none is ignored.
+        contrast: (M, C) set that anchors are compared with; None contrasts anchors with each other.
+        contrast_labels: (M,) integer; needed with `contrast`.
+        temperature: positive divisor of the similarities.
+        normalize: scale rows to unit length first (a zero row stays zero and gets no gradient).
+        backend: "reference" (dense), "tiled" (PyTorch, O(N*C) memory), "triton" (CUDA kernels), or "auto".
+        precision: grade of the Triton kernels on normalised features: "fp32" (also "auto") or "fp16".
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices or names, or a backend that cannot run the input.
+    """
+    _check_set("anchors", anchors, anchor_labels)
+    if (contrast is None) != (contrast_labels is None):
+        raise ValueError("contrast and contrast_labels must be given together")
+    if contrast is not None and contrast_labels is not None:
+        _check_set("contrast", contrast, contrast_labels)
+        if contrast.shape[1] != anchors.shape[1] or contrast.device != anchors.device:
+            raise ValueError(
+                f"anchors are {tuple(anchors.shape)} on {anchors.device}, "
+                f"contrast {tuple(contrast.shape)} on {contrast.device}: channels and device must agree"
+            )
+    check_options(temperature, backend, precision)
+    with torch.autocast(anchors.device.type, enabled=False):
+        x, x_labels = sort_rows(prepare(anchors, normalize), anchor_labels)
+        y, y_labels = None, None
+        if contrast is not None and contrast_labels is not None:
+            y, y_labels = sort_rows(prepare(contrast, normalize).to(x.dtype), contrast_labels)
+        return sorted_loss(
+            x, x_labels, y, y_labels,
+            temperature=temperature, unit=normalize, backend=backend, precision=precision,
+        )  # fmt: skip
+
+
+def _check_set(name: str, features: Tensor, labels: Tensor) -> None:
+    if features.dim() != 2 or not features.is_floating_point():
+        raise ValueError(f"{name} must be float (N, C); found {features.dtype} {tuple(features.shape)}")
+    if labels.shape != features.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"labels of the {name} must be {len(features)} integers; "
+            f"found {labels.dtype} {tuple(labels.shape)}"
+        )
+    if labels.device != features.device:
+        raise ValueError(f"{name} are on {features.device}, their labels on {labels.device}")
+
+
+def check_options(temperature: float, backend: str, precision: str) -> None:
+    """Raise ValueError for an impossible temperature or an unknown backend or precision."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite; found {temperature}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; accepted: {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; accepted: {', '.join(PRECISIONS)}")
+
+
+def prepare(features: Tensor, normalize: bool = True) -> Tensor:
+    """Return (N, C) rows in float32 or float64, scaled to unit length if asked; zero rows stay zero."""
+    rows = features if features.dtype == torch.float64 else features.float()
+    if not normalize:
+        return rows
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / norm.masked_fill(norm < 1e-12, math.inf)
+
+
+def sort_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Order rows by class."""
+    labels, order = torch.sort(labels, stable=True)
+    return rows[order], labels
+
+
+def sorted_loss(
+    x: Tensor,
+    x_labels: Tensor,
+    y: Tensor | None,
+    y_labels: Tensor | None,
+    *,
+    temperature: float,
+    unit: bool,
+    backend: str,
+    precision: str,
+) -> Tensor:
+    """Return the loss of rows that are ordered by class; `unit` promises that their length is at most 1."""
+    if len(x) == 0 or (y is not None and len(y) == 0):
+        return x[:0].sum() if y is None else x[:0].sum() + y[:0].sum()
+    columns, column_labels = (x, x_labels) if y is None or y_labels is None else (y, y_labels)
+    name = _resolve(backend, x, len(columns))
+    if name == "reference":
+        same = x_labels[:, None] == column_labels
+        return _dense(x @ columns.T / temperature, same, exclude_diagonal=y is None)
+    column_labels = column_labels.to(x_labels.dtype)
+    start = torch.searchsorted(column_labels, x_labels)
+    end = torch.searchsorted(column_labels, x_labels, right=True)
+    bounded = unit and 2 / temperature <= _BOUNDED_EXPONENT
+    if name == "triton":
+        from mscs.losses.triton_kernels import TritonEngine  # imports triton, which is heavy and CUDA only
+
+        engine = TritonEngine(temperature, bounded=bounded, unit=unit, half=precision == "fp16")
+    else:
+        engine = TiledEngine(temperature, bounded=bounded)
+    return _FusedLoss.apply(x, y, start, end, engine)
+
+
+def _dense(similarity: Tensor, same: Tensor, *, exclude_diagonal: bool) -> Tensor:
+    """Return the loss from an (N, M) similarity matrix; `same` marks pairs of one class."""
+    positive = (
+        same & ~torch.eye(len(same), dtype=torch.bool, device=same.device) if exclude_diagonal else same
+    )
+    # the lowest finite number instead of -inf: a row without negatives then has loss and gradient 0, not NaN
+    lowest = torch.finfo(similarity.dtype).min
+    nlse = similarity.masked_fill(same, lowest).logsumexp(dim=1, keepdim=True)
+    loss = -F.logsigmoid(similarity - nlse)
+    return (loss.where(positive, 0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)).mean()
+
+
+class Engine(Protocol):
+    """What a memory-saving backend offers; y = None means x against itself."""
+
+    def statistics(
+        self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return per row nlse and the sums over positives of softplus(nlse - s) and sigmoid(nlse - s)."""
+
+    def gradients(
+        self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
+        nlse: Tensor, push: Tensor, pull: Tensor, need_y: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Return dL/dx and dL/dy from nlse and the weights of each row's negatives and positives."""
+
+
+class _FusedLoss(torch.autograd.Function):
+    """The loss by an engine that visits tiles of the similarity matrix and keeps three numbers per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor, engine: Engine) -> Tensor:
+        x = x.contiguous()
+        y = None if y is None else y.contiguous()
+        nlse, loss, hits = engine.statistics(x, y, start, end)
+        positives = end - start - (1 if y is None else 0)
+        pull = (positives > 0) / (positives.clamp(min=1) * len(x)).to(x.dtype)
+        ctx.engine = engine
+        ctx.save_for_backward(x, y, start, end, nlse, pull * hits, pull)
+        return (pull * loss).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, start, end, nlse, push, pull = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx, dy = ctx.engine.gradients(x, y, start, end, nlse, push, pull, ctx.needs_input_grad[1])
+        return dx * grad, None if dy is None else dy * grad, None, None, None
+
+
+def _resolve(backend: str, x: Tensor, columns: int) -> str:
+    """Return the backend that runs: what was asked for, or the fastest for this input."""
+    if backend == "triton":
+        _check_triton(x)
+    if backend != "auto":
+        return backend
+    if x.is_cuda and x.dtype == torch.float32 and x.shape[1] <= MAX_TRITON_CHANNELS and find_spec("triton"):
+        return "triton"
+    return "reference" if len(x) * columns <= _REFERENCE_PAIRS else "tiled"
+
+
+def _check_triton(x: Tensor) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if x.dtype != torch.float32 or x.shape[1] > MAX_TRITON_CHANNELS or not (x.is_cuda or interpreted):
+        raise ValueError(
+            f'backend "triton" runs CUDA tensors of at most 32 bits and {MAX_TRITON_CHANNELS} channels; '
+            f'found {x.dtype} on {x.device} with {x.shape[1]} channels. Use backend "auto" or "tiled"'
+        )
+
+
+class Diagnostics(NamedTuple):
+    """How well classes are told apart; scalar tensors, NaN where no anchor has such a pair."""
+
+    positive_cosine: Tensor
+    """Mean cosine between an anchor and its positives."""
+    hardest_negative_cosine: Tensor
+    """Mean over anchors of the cosine with the most similar negative."""
+    chance_level: Tensor
+    """The loss if all similarities were equal: mean of log(1 + |N_i|), 0 for anchors without positives."""
+
+
+@torch.no_grad()
+def diagnostics(
+    anchors: Tensor,
+    anchor_labels: Tensor,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    *,
+    max_rows: int = 1024,
+) -> Diagnostics:
+    """Return quantities worth logging beside the loss, from at most `max_rows` evenly spaced anchors.
+
+    Args as in `contrastive_loss`; features are normalised here. Meant for every few hundred steps.
+    """
+    x = prepare(anchors)
+    y, y_labels = x, anchor_labels
+    if contrast is not None and contrast_labels is not None:
+        y, y_labels = prepare(contrast), contrast_labels
+    picked = torch.linspace(0, len(x) - 1, min(len(x), max_rows), device=x.device).round().long()
+    sums = x.new_zeros(5)
+    for rows in picked.split(max(1, (1 << 22) // max(1, len(y)))):
+        cosine = x[rows] @ y.T
+        positive = torch.eq(anchor_labels[rows, None], y_labels)
+        negative = ~positive
+        if contrast is None:
+            positive[torch.arange(len(rows), device=x.device), rows] = False
+        count, others = positive.sum(dim=1), negative.sum(dim=1)
+        mean = (cosine * positive).sum(dim=1) / count.clamp(min=1)
+        hardest = cosine.masked_fill(positive, -math.inf).masked_fill(~negative, -math.inf).amax(dim=1)
+        sums += torch.stack((
+            mean.sum(), (count > 0).sum(), hardest.where(others > 0, 0).sum(), (others > 0).sum(),
+            ((count > 0) * others.log1p()).sum(),
+        ))  # fmt: skip
+    return Diagnostics(sums[0] / sums[1], sums[2] / sums[3], sums[4] / max(1, len(picked)))

@@ -1,0 +1,184 @@
+"""Eq. 5's contrastive part: within-scale terms, cross-scale terms, and their weighted sum."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mscs.losses import contrastive, sampling
+from mscs.losses.groups import check_groups
+
+
+class LossTerms(NamedTuple):
+    """What `MultiScaleContrastiveLoss` returns; every term is a mean over groups of images."""
+
+    total: Tensor
+    """Scalar: multi_scale_weight * sum_s w_s * multi_scale_s + cross_scale_weight * sum_p cross_scale_p."""
+    multi_scale: Tensor
+    """(S,) unweighted within-scale terms, fine to coarse."""
+    cross_scale: Tensor
+    """(P,) unweighted cross-scale terms, in the order of `cross_pairs`."""
+    anchors: Tensor
+    """(G, S) int64 on the CPU: anchors N of each group of images at each scale."""
+    groups: Tensor
+    """(G, S) int64 on the CPU: (image, class) sets T that took part."""
+    views: Tensor
+    """(G, S) int64 on the CPU: pixels V drawn per set; 0 where none or, with sampling="all", not constant."""
+
+
+class MultiScaleContrastiveLoss(nn.Module):
+    """Contrast pixels within each scale, and the pixels of one scale with those of another.
+
+    Per group of images and scale, anchors are drawn once (`sample_anchors`) and serve the within-scale term
+    and every cross-scale pair; in a pair (a, b) the anchors of scale a are contrasted with those of scale b,
+    and the gradient reaches both. A group with nothing to contrast contributes 0 and is counted. Under
+    DistributedDataParallel nothing is gathered: the averaging of gradients makes the mean over groups.
+
+    Args:
+        scale_weights: weight w_s of each scale, fine to coarse (supplement: 1.0, 0.7, 0.4, 0.1).
+        cross_pairs: (anchor scale, contrast scale) indices; empty for none.
+        multi_scale_weight: factor of the within-scale sum (Eq. 5: 0.1).
+        cross_scale_weight: factor of the cross-scale sum (Eq. 5: 0.1).
+        temperature: divisor of the cosine similarities.
+        images_per_group: images contrasted together (the paper's images per GPU: 2, 3 or 4); None means
+            the whole batch.
+        sampling: "balanced" (V pixels per image and class) or "all" (every pixel that is not ignored).
+        min_views: smallest (image, class) set that takes part when balanced.
+        max_views: cap on V when balanced.
+        max_anchors: cap on T*V per group and scale when balanced.
+        ignore_index: label of pixels that never take part.
+        backend: as in `contrastive_loss`.
+        precision: as in `contrastive_loss`.
+
+    Raises:
+        ValueError: an impossible setting, or inputs that do not fit it.
+    """
+
+    def __init__(
+        self,
+        scale_weights: Sequence[float] = (1.0, 0.7, 0.4, 0.1),
+        cross_pairs: Sequence[tuple[int, int]] = ((0, 3), (0, 2)),
+        multi_scale_weight: float = 0.1,
+        cross_scale_weight: float = 0.1,
+        temperature: float = 0.1,
+        images_per_group: int | None = None,
+        sampling: str = "balanced",
+        min_views: int = 5,
+        max_views: int = 2500,
+        max_anchors: int = 10000,
+        ignore_index: int = 255,
+        backend: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        super().__init__()
+        contrastive.check_options(temperature, backend, precision)
+        if sampling not in ("balanced", "all"):
+            raise ValueError(f"unknown sampling {sampling!r}; accepted: all, balanced")
+        scales = range(len(scale_weights))
+        if not scales or any(a not in scales or b not in scales or a == b for a, b in cross_pairs):
+            raise ValueError(
+                f"cross_pairs {tuple(cross_pairs)} must name two different scales out of {len(scale_weights)}"
+            )
+        self.scale_weights = tuple(scale_weights)
+        self.cross_pairs = tuple((a, b) for a, b in cross_pairs)
+        self.multi_scale_weight = multi_scale_weight
+        self.cross_scale_weight = cross_scale_weight
+        self.temperature = temperature
+        self.images_per_group = images_per_group
+        self.sampling = sampling
+        self.min_views = min_views
+        self.max_views = max_views
+        self.max_anchors = max_anchors
+        self.ignore_index = ignore_index
+        self.backend = backend
+        self.precision = precision
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> LossTerms:
+        """Return the terms of a batch.
+
+        Args:
+            features: one (B, C, h_s, w_s) float map per scale, fine to coarse; C must agree within a pair.
+            labels: (B, H, W) integer.
+            generator: one generator for all groups in turn, or one per group of this process's batch; the
+                latter makes the draw of a group independent of how groups are spread over processes.
+        """
+        multi, cross, counts = [], [], []
+        for rows in self._sampled_groups(features, labels, generator):
+            with torch.autocast(labels.device.type, enabled=False):
+                multi.append([self._term(x, x_labels) for x, x_labels, _, _ in rows])
+                cross.append([self._term(*rows[a][:2], *rows[b][:2]) for a, b in self.cross_pairs])
+            counts.append([(len(x), groups, views) for x, _, groups, views in rows])
+        multi_scale = torch.stack([torch.stack(terms) for terms in multi]).mean(dim=0)
+        cross_scale = multi_scale.new_zeros(0)
+        if self.cross_pairs:
+            cross_scale = torch.stack([torch.stack(terms) for terms in cross]).mean(dim=0)
+        weighted = sum(w * term for w, term in zip(self.scale_weights, multi_scale, strict=True))
+        total = self.multi_scale_weight * weighted + self.cross_scale_weight * cross_scale.sum()
+        anchors, groups, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
+        return LossTerms(total, multi_scale, cross_scale, anchors, groups, views)
+
+    @torch.no_grad()
+    def diagnostics(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> list[list[contrastive.Diagnostics]]:
+        """Return `diagnostics` of each group of images and scale; draws its own sample, meant for logging."""
+        return [
+            [contrastive.diagnostics(x, x_labels) for x, x_labels, _, _ in rows]
+            for rows in self._sampled_groups(features, labels, generator)
+        ]
+
+    def _sampled_groups(
+        self,
+        features: Sequence[Tensor],
+        labels: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> list[list[tuple[Tensor, Tensor, int, int]]]:
+        """Return, per group and scale, unit rows ordered by class, their labels, T and V."""
+        features = list(features)
+        if len(features) != len(self.scale_weights):
+            raise ValueError(f"{len(features)} feature maps for {len(self.scale_weights)} scale weights")
+        sampling.check_maps(features, labels)
+        per_group = check_groups(len(labels), self.images_per_group)
+        count = len(labels) // per_group
+        generators = [generator] * count if not isinstance(generator, Sequence) else list(generator)
+        if len(generators) != count:
+            raise ValueError(f"{len(generators)} generators for {count} groups of images")
+        reduced = [sampling.downsample_labels(labels, *feature.shape[-2:]) for feature in features]
+        result = []
+        for group, source in enumerate(generators):
+            part = slice(group * per_group, (group + 1) * per_group)
+            result.append(
+                [self._sample(f[part], r[part], source) for f, r in zip(features, reduced, strict=True)]
+            )
+        return result
+
+    def _sample(
+        self, features: Tensor, labels: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, int, int]:
+        if self.sampling == "all":
+            chosen = sampling.choose_all(labels, self.ignore_index)
+        else:
+            chosen = sampling.choose_balanced(
+                labels, self.ignore_index, self.min_views, self.max_views, self.max_anchors, generator
+            )
+        classes, order = torch.sort(chosen.labels, stable=True)
+        rows = sampling.gather_pixels(features, chosen.positions[order])
+        with torch.autocast(labels.device.type, enabled=False):
+            return contrastive.prepare(rows), classes, chosen.groups, chosen.views
+
+    def _term(
+        self, x: Tensor, x_labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None
+    ) -> Tensor:
+        return contrastive.sorted_loss(
+            x, x_labels, y, y_labels,
+            temperature=self.temperature, unit=True, backend=self.backend, precision=self.precision,
+        )  # fmt: skip

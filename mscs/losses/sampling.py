@@ -1,0 +1,218 @@
+"""Which pixels become anchors: equally many from every class of every image, by one sort of one key.
+
+A pixel's key is (image, class, 40 random bits). After sorting, each (image, class) set is one contiguous
+run in random order, so its first V entries are a uniform draw without replacement. One host
+synchronisation per call reads T, V and whether the labels were valid.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_RANDOM_BITS = 40  # two of n keys tie with probability about n^2 / 2^41
+_CLASS_BITS = 12
+_MAX_IMAGES = (1 << 11) - 1
+_LAST = torch.iinfo(torch.int64).max  # sorts ignored pixels behind all others
+
+
+class Anchors(NamedTuple):
+    """Sampled pixels, ordered by image, then class, V rows for each of T groups."""
+
+    features: Tensor
+    """(T*V, C) as given: neither converted nor normalised."""
+    labels: Tensor
+    """(T*V,) int64 class of each row."""
+    groups: int
+    """T, the number of (image, class) sets with at least `min_views` pixels."""
+    views: int
+    """V, pixels drawn from each set; 0 when nothing was drawn."""
+
+
+class Selection(NamedTuple):
+    """Positions of the chosen pixels in a flattened (B, h, w) map, and their classes."""
+
+    positions: Tensor
+    labels: Tensor
+    groups: int
+    views: int
+
+
+def sample_anchors(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = 255,
+    min_views: int = 5,
+    max_views: int = 2500,
+    max_anchors: int = 10000,
+    generator: torch.Generator | None = None,
+) -> Anchors:
+    """Draw V pixels without replacement from every (image, class) set of at least `min_views` pixels.
+
+    V is the size of the smallest such set, at most `max_views`, and at most `max_anchors` / T so that T*V
+    stays within the budget (supplement, implementation details; V is at least 1).
+
+    Args:
+        features: (B, C, h, w), any float dtype and memory layout.
+        labels: (B, H, W) integer, 0..4095 or `ignore_index`; reduced to (h, w) by nearest neighbour.
+        ignore_index: label of pixels that are never drawn; any integer.
+        min_views: smallest set that takes part.
+        max_views: cap on V.
+        max_anchors: cap on T*V.
+        generator: source of randomness, on the CPU or on the labels' device; a CPU generator draws the
+            same pixels on every device.
+
+    Raises:
+        ValueError: wrong shapes, non-integer labels, or a label outside the range.
+    """
+    check_maps([features], labels)
+    reduced = downsample_labels(labels, features.shape[-2], features.shape[-1])
+    chosen = choose_balanced(reduced, ignore_index, min_views, max_views, max_anchors, generator)
+    return Anchors(gather_pixels(features, chosen.positions), chosen.labels, chosen.groups, chosen.views)
+
+
+def check_maps(features: list[Tensor], labels: Tensor) -> None:
+    """Raise ValueError unless all feature maps are (B, C, h, w) and labels an integer (B, H, W) map."""
+    if labels.dim() != 3 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be an integer map (B, H, W); found {labels.dtype} {tuple(labels.shape)}"
+        )
+    for level, feature in enumerate(features):
+        if feature.dim() != 4 or len(feature) != len(labels) or not feature.is_floating_point():
+            raise ValueError(
+                f"feature map {level} must be float (B, C, h, w) with B = {len(labels)}; "
+                f"found {feature.dtype} {tuple(feature.shape)}"
+            )
+        if feature.device != labels.device:
+            raise ValueError(f"feature map {level} is on {feature.device}, the labels on {labels.device}")
+
+
+def downsample_labels(labels: Tensor, height: int, width: int) -> Tensor:
+    """Return the (B, height, width) nearest neighbours: output i is input floor(i * H / height)."""
+    rows = torch.arange(height, device=labels.device) * labels.shape[1] // height
+    columns = torch.arange(width, device=labels.device) * labels.shape[2] // width
+    return labels[:, rows[:, None], columns]
+
+
+def choose_balanced(
+    labels: Tensor,
+    ignore_index: int,
+    min_views: int,
+    max_views: int,
+    max_anchors: int,
+    generator: torch.Generator | None = None,
+) -> Selection:
+    """Choose V random pixels from each (image, class) set of a (B, h, w) map; see `sample_anchors`."""
+    if min(min_views, max_views, max_anchors) < 1:
+        raise ValueError("min_views, max_views and max_anchors must be at least 1")
+    classes, valid, image = _flatten(labels, ignore_index)
+    pixels = len(classes)
+    if pixels == 0:
+        return Selection(classes, classes, 0, 0)
+    device = labels.device if generator is None else generator.device
+    noise = torch.randint(1 << _RANDOM_BITS, (pixels,), generator=generator, device=device).to(labels.device)
+    sets = (image << _CLASS_BITS) | classes
+    key, order = torch.sort(((sets << _RANDOM_BITS) | noise).where(valid, _LAST))
+    sets = key >> _RANDOM_BITS
+    start, size = _runs(sets)
+    usable = (size >= min_views) & (key[start.clamp(max=pixels - 1)] != _LAST)
+    smallest = size.where(usable, pixels).amin()
+    groups, views = _read(usable.sum(), smallest, _invalid(classes, valid))
+    if groups == 0:
+        return Selection(order[:0], order[:0], 0, 0)
+    views = max(1, min(views, max_views, max_anchors // groups))
+    start = _compact(start, usable)[:groups]
+    positions = order[(start[:, None] + torch.arange(views, device=labels.device)).flatten()]
+    drawn = (sets[start] & ((1 << _CLASS_BITS) - 1)).repeat_interleave(views, output_size=groups * views)
+    return Selection(positions, drawn, groups, views)
+
+
+def choose_all(labels: Tensor, ignore_index: int) -> Selection:
+    """Choose every pixel of a (B, h, w) map that is not ignored, ordered by class; views is 0."""
+    classes, valid, image = _flatten(labels, ignore_index)
+    if len(classes) == 0:
+        return Selection(classes, classes, 0, 0)
+    key, order = torch.sort(((classes << (62 - _CLASS_BITS)) | image).where(valid, _LAST), stable=True)
+    kept = key != _LAST
+    first = torch.ones_like(kept)
+    first[1:] = key[1:] != key[:-1]
+    count, groups = _read(kept.sum(), (first & kept).sum(), _invalid(classes, valid))
+    positions = order[:count]
+    return Selection(positions, classes[positions], groups, 0)
+
+
+def gather_pixels(features: Tensor, positions: Tensor) -> Tensor:
+    """Return the (N, C) rows of a (B, C, h, w) map at distinct positions of the flattened (B, h, w) map."""
+    return _GatherPixels.apply(features, positions)
+
+
+class _GatherPixels(torch.autograd.Function):
+    """Indexing whose backward writes each row once, instead of accumulating as general indexing must."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, positions: Tensor) -> Tensor:
+        height, width = features.shape[-2:]
+        columns = positions % width
+        rows = positions // width
+        ctx.save_for_backward(rows // height, rows % height, columns)
+        ctx.like = (
+            features.new_empty(0),
+            features.shape,
+            features.is_contiguous(memory_format=torch.channels_last),
+        )
+        return features.permute(0, 2, 3, 1)[rows // height, rows % height, columns]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        like, shape, channels_last = ctx.like
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        result = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+        result.permute(0, 2, 3, 1)[ctx.saved_tensors] = grad
+        return result, None
+
+
+def _flatten(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return class, validity and image index of each pixel."""
+    if len(labels) > _MAX_IMAGES:
+        raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
+    classes = labels.flatten().long()
+    image = torch.arange(len(labels), device=labels.device).repeat_interleave(
+        labels[0].numel() if len(labels) else 0, output_size=labels.numel()
+    )
+    return classes, classes != ignore_index, image
+
+
+def _invalid(classes: Tensor, valid: Tensor) -> Tensor:
+    return (valid & ((classes < 0) | (classes >= 1 << _CLASS_BITS))).any()
+
+
+def _read(first: Tensor, second: Tensor, invalid: Tensor) -> tuple[int, int]:
+    """Bring two counts to the host, with the verdict on the labels, in the one synchronisation."""
+    first_value, second_value, is_invalid = torch.stack((first, second, invalid.long())).tolist()
+    if is_invalid:
+        raise ValueError(
+            f"labels must be 0..{(1 << _CLASS_BITS) - 1} or ignore_index; found values outside. "
+            "Map them, or set ignore_index to the value of the pixels that do not count"
+        )
+    return first_value, second_value
+
+
+def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return start and size of each run of equal values, padded to static shape with (n, 0)."""
+    count = len(values)
+    first = torch.ones_like(values, dtype=torch.bool)
+    first[1:] = values[1:] != values[:-1]
+    index = torch.arange(count, device=values.device)
+    start = _compact(index.where(first, count), first)
+    end = torch.cat((start[1:], start.new_full((1,), count)))
+    return start, end - start
+
+
+def _compact(values: Tensor, keep: Tensor) -> Tensor:
+    """Move the kept values to the front without a synchronisation; n = len(values) fills the rest."""
+    count = len(values)
+    slot = (keep.cumsum(0) - 1).where(keep, count)
+    result = values.new_full((count + 1,), count)
+    return result.scatter_(0, slot, values.where(keep, count))[:count]

@@ -1,0 +1,54 @@
+"""Cross-entropy over groups of images, so that its value does not depend on the number of processes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mscs.losses.groups import check_groups
+
+
+def segmentation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    class_weights: Tensor | None = None,
+    ignore_index: int = 255,
+    images_per_group: int | None = None,
+) -> Tensor:
+    """Return the mean over groups of images of each group's (class-weighted) cross-entropy.
+
+    Inside a group the mean is weighted as in `torch.nn.functional.cross_entropy`: the sum over pixels of
+    weight times negative log-likelihood over the sum of weights. A group whose pixels are all ignored
+    contributes 0, still attached to the graph, and is counted in the mean.
+
+    Args:
+        logits: (B, K, H, W), any float dtype; evaluated in float32 at least, also inside autocast.
+        labels: (B, H, W) integer, 0..K-1 or `ignore_index`.
+        class_weights: (K,) or None for equal weights.
+        ignore_index: label of the pixels that do not count.
+        images_per_group: images averaged together; None means the whole batch.
+
+    Raises:
+        ValueError: shapes do not fit, or the batch is not a multiple of `images_per_group`.
+    """
+    if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
+            "expected (B, K, H, W) and (B, H, W)"
+        )
+    per_group = check_groups(len(logits), images_per_group)
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        labels = labels.long()
+        if class_weights is not None:
+            class_weights = class_weights.to(logits)
+        loss = F.cross_entropy(
+            logits, labels, weight=class_weights, ignore_index=ignore_index, reduction="none"
+        )
+        valid = labels != ignore_index
+        if class_weights is None:
+            weight = valid.to(loss.dtype)
+        else:
+            weight = class_weights[labels.where(valid, 0)] * valid
+        total, mass = (t.reshape(-1, per_group * t[0].numel()).sum(dim=1) for t in (loss, weight))
+        return (total / mass.masked_fill(mass == 0, 1)).mean()
