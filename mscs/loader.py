@@ -48,14 +48,18 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> list[int]:
     return numpy_generator(seed, "order", epoch).permutation(num_samples).tolist()
 
 
+def epoch_length(num_samples: int, batch_size: int) -> int:
+    """Return the number of steps per epoch; an incomplete last batch is dropped."""
+    return max(1, num_samples // batch_size)
+
+
 def draws_of_step(num_samples: int, batch_size: int, seed: int, step: int) -> list[Draw]:
     """Return the global batch of a step: the next slice of the epoch's permutation, incomplete ones dropped.
 
     A dataset smaller than a batch is drawn from again, in a new permutation that counts as a new epoch.
     """
-    steps_per_epoch = num_samples // batch_size
-    if steps_per_epoch:
-        epoch, position = divmod(step, steps_per_epoch)
+    if num_samples >= batch_size:
+        epoch, position = divmod(step, epoch_length(num_samples, batch_size))
         first = epoch * num_samples + position * batch_size
     else:
         first = step * batch_size

@@ -23,9 +23,9 @@ from torch import Tensor
 IGNORE_INDEX = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_ASPECT_OF_SCALE_BASE = (
-    4  # the mmsegmentation base size (2048, 512) bounds the long side to 4x the short one
-)
+# The base size of mmsegmentation, (2048, 512), bounds the long side to four times the short one.
+MAX_ASPECT_OF_SCALE_BASE = 4
+HUE_STRIP_ROWS = 64
 
 Range = tuple[float, float]
 
@@ -97,10 +97,10 @@ PAPER_JITTER = ColorJitter()
 
 def normalize(image: np.ndarray) -> Tensor:
     """Turn uint8 (H, W, 3) RGB into float32 (3, H, W), normalised with the ImageNet mean and deviation."""
-    planes = [
-        cv2.LUT(plane, table) for plane, table in zip(cv2.split(image), _normalize_tables(), strict=True)
-    ]
-    return torch.from_numpy(np.stack(planes))
+    normalized = np.empty((3, *image.shape[:2]), np.float32)
+    for plane, table, out in zip(cv2.split(image), _normalize_tables(), normalized, strict=True):
+        cv2.LUT(plane, table, out)
+    return torch.from_numpy(normalized)
 
 
 def _normalize_tables() -> np.ndarray:
@@ -212,7 +212,7 @@ class Window(NamedTuple):
     def nearest(self, source: np.ndarray, fill: int) -> np.ndarray:
         """Return the window of the label (H, W), resized by the nearest pixel."""
         rows, columns = (
-            ((np.arange(start, stop) + 0.5) * (length / size)).astype(np.intp)
+            _nearest_pixels(length, size)[start:stop]
             for (start, stop), length, size in zip(self._inside(), source.shape, self.resized, strict=True)
         )
         return self._framed(source[rows[:, None], columns], fill)
@@ -251,6 +251,15 @@ class Window(NamedTuple):
         return framed
 
 
+def _nearest_pixels(length: int, size: int) -> np.ndarray:
+    """Return, for each of `size` resized pixels, the nearest of `length` source pixels.
+
+    Summed up step by step as PIL does, so that pixels halfway between two fall to the same side.
+    """
+    step = length / size
+    return np.cumsum(np.concatenate(([step / 2], np.full(size - 1, step)))).astype(np.intp)
+
+
 def pad_reflect(array: np.ndarray, rows: tuple[int, int]) -> np.ndarray:
     """Mirror `rows` = (top, bottom) rows of an image or label, without repeating the edge row."""
     if rows == (0, 0):
@@ -281,10 +290,28 @@ def _saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _hue(image: np.ndarray, factor: float) -> np.ndarray:
-    """Turn the hue by `factor` of the full circle, in the 8-bit HSV of PIL."""
-    hsv = np.array(Image.fromarray(image).convert("HSV"))
-    hsv[..., 0] += np.array(int(factor * 255)).astype(np.uint8)
-    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    """Turn the hue by `factor` of the full circle.
+
+    PIL keeps hue and saturation in 8 bits, rounded down. The same here, on OpenCV's fast conversions and in
+    strips that stay in the processor's cache.
+    """
+    levels = np.arange(256)
+    hue_table = ((levels + int(factor * 255)) % 256 * (360 / 255)).astype(np.float32)
+    saturation_table = (levels / 255).astype(np.float32)
+    turned = np.empty_like(image)
+    for top in range(0, image.shape[0], HUE_STRIP_ROWS):
+        strip = slice(top, top + HUE_STRIP_ROWS)
+        hue, saturation, value = cv2.split(cv2.cvtColor(image[strip].astype(np.float32), cv2.COLOR_RGB2HSV))
+        hue = cv2.LUT(_floor_to_byte(hue, 255 / 360), hue_table)
+        saturation = cv2.LUT(_floor_to_byte(saturation, 255), saturation_table)
+        rgb = cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB)
+        turned[strip] = cv2.convertScaleAbs(rgb)
+    return turned
+
+
+def _floor_to_byte(values: np.ndarray, factor: float) -> np.ndarray:
+    """Return floor(values * factor); float32 noise must not turn an exact 85 (pure green) into 84."""
+    return (values * np.float32(factor) + np.float32(1e-4)).astype(np.uint8)
 
 
 _JITTER_STEPS = (_brightness, _contrast, _saturation, _hue)
