@@ -1,0 +1,96 @@
+"""Checkpoints of a training that goes on, and the final weights.
+
+A checkpoint is `step-XXXXXXXX.pt` beside `step-XXXXXXXX.json` (step, SHA-256, settings): readable without
+loading it. The last two are kept; a damaged newest one falls back to the one before, with a warning.
+"""
+
+import fcntl
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mscs.errors import MscsError, UsageError
+from mscs.results import atomic_path, read_json, write_json
+
+KEPT = 2
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; a second trainer in the same folder is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is training in {folder}; wait for it or stop it") from None
+        yield
+
+
+def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write the state after `step` steps, then drop all but the newest `KEPT` checkpoints."""
+    path = folder / f"step-{step:08d}.pt"
+    with atomic_path(path) as temporary:
+        torch.save(dict(state), temporary)
+        digest = file_digest(temporary)
+    write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
+    for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
+        old.unlink()
+        old.with_suffix(".json").unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    folder: Path, settings: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> tuple[int, dict[str, Any]] | None:
+    """Return (step, state) of the newest sound checkpoint, or None where there is none.
+
+    Raises UsageError where the checkpoint was written under other settings, listing the keys that differ.
+    """
+    for path in sorted(folder.glob("step-*.pt"), reverse=True):
+        try:
+            info = read_json(path.with_suffix(".json"))
+            if file_digest(path) != info["sha256"]:
+                raise MscsError("its checksum does not match")
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before", stacklevel=2)
+            continue
+        differing = [key for key in settings if settings[key] != info["settings"].get(key)]
+        if differing:
+            changes = ", ".join(f"{k}: {info['settings'].get(k)!r} -> {settings[k]!r}" for k in differing)
+            raise UsageError(f"{path} was written under other settings ({changes}); use --fresh to start again")
+        return info["step"], state
+    return None
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, str]) -> None:
+    """Write final weights as safetensors, with `info` in the file's header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=dict(info))
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (tensors, header) of a weights file written by `save_weights`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = dict(file.metadata() or {})
+        return load_file(path), info
+    except FileNotFoundError:
+        raise UsageError(f"weights {path} do not exist; train the run first") from None
+    except SafetensorError as error:
+        raise MscsError(f"weights {path} cannot be read: {error}") from None
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,248 @@
+"""The `mscs` command: one subcommand per thing a person does with one run or one dataset."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mscs
+from mscs.errors import MscsError, UsageError
+from mscs.params import Params, Settings, from_plain, load_params, parse_overrides, to_plain
+
+WORK = Path("work")
+RESULTS = Path("results")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; errors become one line on stderr and an exit code (2 misuse, 1 failure)."""
+    return run_command(build_parser(), argv)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse `argv`, call the chosen handler and turn errors into messages and exit codes."""
+    args = parser.parse_args(argv)
+    try:
+        return int(args.handler(args) or 0)
+    except MscsError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"{parser.prog}: error: {error.strerror}: {error.filename}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all subcommands."""
+    parser = argparse.ArgumentParser(prog="mscs", description=mscs.__doc__)
+    parser.add_argument("--version", action="version", version=f"mscs {mscs.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    listing = _command(commands, "runs", "list every run of the paper", _runs)
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    show = _command(commands, "show", "print one run's settings and where each comes from", _show)
+    _add_run_arguments(show)
+    show.add_argument("--json", action="store_true", help="print JSON")
+
+    train = _command(commands, "train", "train one run, or go on with it", _train)
+    _add_run_arguments(train)
+    _add_job_arguments(train)
+    train.add_argument("--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)")
+    train.add_argument("--processes", type=int, help="training processes: 1, 2 or 4 (default: one per GPU)")
+    train.add_argument("--fresh", action="store_true", help="start from step 0 even if there is a checkpoint")
+
+    evaluate = _command(commands, "evaluate", "score a trained run on its validation images", _evaluate)
+    _add_run_arguments(evaluate)
+    _add_job_arguments(evaluate)
+    evaluate.add_argument("--checkpoint", type=Path, help="weights file (default: those of the run)")
+    evaluate.add_argument("--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only")
+    evaluate.add_argument("--split", default="val", help="split to score (default: val)")
+
+    return parser
+
+
+def _command(
+    commands: Any, name: str, text: str, handler: Callable[[argparse.Namespace], int | None]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(handler=handler)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)")
+    return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="id of a run (see `mscs runs`)")
+    parser.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (repeatable)"
+    )
+
+
+def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def _runs(args: argparse.Namespace) -> None:
+    params = load_params(args.params)
+    rows = [params.run_info(run) for run in params.runs]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        print("  ".join(row[key].ljust(widths[key]) for key in row).rstrip())
+
+
+def _show(args: argparse.Namespace) -> None:
+    resolved = load_params(args.params).resolve(args.run, args.profile, parse_overrides(args.set))
+    values = to_plain(resolved.settings)
+    if args.json:
+        print(json.dumps({**values, "sources": dict(resolved.sources)}, indent=1))
+        return
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key.ljust(width)}  {json.dumps(value):32}  {resolved.sources.get(key, '')}")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Return the settings that the command line names: params.yaml and --set, or a resolved.json."""
+    if args.settings is not None:
+        if args.set:
+            raise UsageError("--set changes params.yaml's values and cannot be combined with --settings")
+        return read_resolved(args.settings, args.run)
+    return load_params(args.params).resolve(args.run, args.profile, parse_overrides(args.set)).settings
+
+
+def read_resolved(path: Path, run: str) -> Settings:
+    """Return one run's settings from a resolved.json."""
+    from mscs.results import read_json
+
+    document = read_json(path)
+    if run not in document:
+        raise UsageError(f"{path} has no run {run!r}; make it anew with `python -m reproduce resolve`")
+    return from_plain({key: value for phase in document[run].values() for key, value in phase.items()})
+
+
+def data_root(settings: Settings) -> Path:
+    """Return where a run's dataset lies: $MSCS_DATA or data/ for real ones, the profile's work folder else."""
+    if settings.data_source == "generated":
+        return WORK / settings.profile / "data" / settings.dataset
+    return Path(os.environ.get("MSCS_DATA", "data")) / settings.dataset
+
+
+def run_folder(settings: Settings, args: argparse.Namespace) -> str:
+    """Return the folder name of a run; settings changed on the command line get one of their own."""
+    return f"{settings.run}+{settings.digest()}" if args.set else settings.run
+
+
+def _train(args: argparse.Namespace) -> int:
+    settings = settings_of(args)
+    if args.processes is not None and "WORLD_SIZE" not in os.environ:
+        processes = args.processes
+    else:
+        processes = _gpu_count(args.device)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _launch(processes)
+    root = args.data_root or data_root(settings)
+    _require_data(settings, root)
+
+    from mscs.distributed import join_world
+    from mscs.engine import TrainFiles, train_run
+    from mscs.provenance import record
+    from mscs.results import write_json
+
+    folder = run_folder(settings, args)
+    files = TrainFiles(WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder)
+    with join_world(args.device) as world:
+        workers = args.workers if args.workers is not None else 4 * (world.device.type == "cuda")
+        facts = train_run(
+            settings, root, files, WORK / settings.profile / "checkpoints", world, workers=workers, fresh=args.fresh
+        )
+        if world.is_main:
+            manifest = RESULTS / settings.profile / "data" / f"{settings.dataset}.json"
+            facts |= {"world_size": world.size, "data": _manifest_digest(manifest)}
+            write_json(files.results / "run.json", record(**facts))
+            print(f"weights: {files.work / 'weights'}  metrics: {files.metrics}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    settings = settings_of(args)
+    if args.ms and "ms" not in settings.evaluation:
+        settings = dataclasses.replace(settings, evaluation=(*settings.evaluation, "ms"))
+    root = args.data_root or data_root(settings)
+    _require_data(settings, root)
+
+    from mscs.distributed import join_world
+    from mscs.engine import TrainFiles
+    from mscs.evaluation import evaluate_run
+    from mscs.results import write_csv, write_json
+
+    folder = run_folder(settings, args)
+    files = TrainFiles(WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder)
+    weights = {seed: args.checkpoint or files.weights(seed) for seed in settings.seeds}
+    with join_world(args.device) as world:
+        record, matrices = evaluate_run(settings, root, weights, world, split=args.split)
+        if world.is_main:
+            write_json(files.results / "evaluation.json", record)
+            classes = record["classes"]
+            for name, matrix in matrices.items():
+                rows = [dict(zip(classes, map(int, row), strict=True)) for row in matrix]
+                write_csv(files.results / f"confusion-{name}.csv", rows)
+            shown = ", ".join(f"{mode} {record[mode]['miou']:.2f}" for mode in settings.evaluation)
+            print(f"{settings.run}: mIoU {shown} (in percent, {args.split})")
+    return 0
+
+
+def _gpu_count(device: str) -> int:
+    """Return how many processes a training on this machine gets: one per GPU, at most four."""
+    if device == "cpu" or not Path("/dev/nvidia0").exists():
+        return 1
+    import torch
+
+    count = torch.cuda.device_count()
+    return max((n for n in (1, 2, 4) if n <= count), default=1)
+
+
+def _launch(processes: int) -> int:
+    """Run the same command under torchrun with this many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*command, "-m", "mscs", *sys.argv[1:]], check=False).returncode
+
+
+def _require_data(settings: Settings, root: Path) -> None:
+    if not root.is_dir():
+        profile = f"`python -m reproduce run {settings.dataset}`"
+        raise UsageError(f"no dataset in {root}; make or fetch it with {profile} or `mscs data --help`")
+
+
+def _manifest_digest(path: Path) -> str | None:
+    return json.loads(path.read_text()).get("digest") if path.exists() else None
+
+
+def resolve_all(params: Params, profile: str) -> dict[str, dict[str, Any]]:
+    """Return what resolved.json holds: per dataset its data settings, per run its settings by phase."""
+    document: dict[str, dict[str, Any]] = {}
+    for run in params.runs:
+        settings = params.resolve(run, profile).settings
+        keys = ("data_source", "task", "image_size", "train_images", "val_images")
+        plain = to_plain(settings)
+        document.setdefault(settings.dataset, {key: plain[key] for key in keys})
+        train, evaluate = settings.phase("train"), settings.phase("evaluate")
+        info = {key: value for key, value in plain.items() if key not in train and key not in evaluate}
+        document[run] = {"info": info, "train": train, "evaluate": evaluate}
+    return document

@@ -1,0 +1,80 @@
+"""Where this process stands among its peers; every function is a no-op for a single process.
+
+`torchrun` is the only launcher. A batch is four groups of images, so 1, 2 or 4 processes can share it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mscs.errors import UsageError
+
+WORLD_SIZES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and size of the process group, and the device of this process."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the process group that torchrun announces in the environment, and leave it at the end.
+
+    `device` is "auto" (CUDA where there is one), "cpu" or "cuda".
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if size not in WORLD_SIZES:
+        raise UsageError(
+            f"{size} processes were started, but a batch is four groups of images: use 1, 2 or 4 "
+            "(8 GPUs run two trainings side by side)"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but PyTorch sees no GPU; run `mscs doctor`, or use --device cpu")
+    on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield World(rank, size, place)
+    finally:
+        dist.destroy_process_group()
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Average `tensor` over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,83 @@
+"""What a result was made with: code, data, packages, machine. Written beside results, never depended on."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "scikit-learn", "dvc")
+
+
+def git_state(folder: str | Path = ".") -> dict[str, Any]:
+    """Return commit and whether tracked files differ from it; MSCS_GIT_COMMIT stands in inside an image."""
+    announced = os.environ.get("MSCS_GIT_COMMIT")
+    if announced:
+        return {"commit": announced.removesuffix("-dirty"), "dirty": announced.endswith("-dirty")}
+    try:
+        commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+        changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "mscs"])
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide results."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def environment_digest() -> str:
+    """Return a fingerprint of every installed package and its version."""
+    lines = sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def machine() -> dict[str, Any]:
+    """Return operating system, processor and, where PyTorch is loaded, the GPUs it sees."""
+    facts: dict[str, Any] = {
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _processor(),
+        "cpus": os.cpu_count(),
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def record(**facts: Any) -> dict[str, Any]:
+    """Return a provenance record: the caller's facts, and where and with what they came about."""
+    return {
+        **facts,
+        "git": git_state(),
+        "packages": package_versions(),
+        "environment": environment_digest(),
+        "machine": machine(),
+        "image": os.environ.get("MSCS_IMAGE"),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
