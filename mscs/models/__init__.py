@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mscs.models.base import ModelOutput, SegmentationModel
     from mscs.models.build import build_model, count_parameters
+    from mscs.models.convert import load_official, load_upstream
 
 _HOMES = {
     "ModelOutput": "base",
     "SegmentationModel": "base",
     "build_model": "build",
     "count_parameters": "build",
+    "load_official": "convert",
+    "load_upstream": "convert",
 }
 
-__all__ = ["ModelOutput", "SegmentationModel", "build_model", "count_parameters"]
+__all__ = [
+    "ModelOutput",
+    "SegmentationModel",
+    "build_model",
+    "count_parameters",
+    "load_official",
+    "load_upstream",
+]
 
 
 def __getattr__(name: str) -> object:

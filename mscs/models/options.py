@@ -54,3 +54,19 @@ MODEL_OPTIONS: dict[str, dict[str, object]] = {
         "aux_channels": 256,
     },
 }
+
+# What turns the defaults into the networks of the repositories that the architectures come from. The
+# checkpoints that `mscs.models.load_upstream` reads need these.
+UPSTREAM_OPTIONS: dict[str, dict[str, object]] = {
+    "hrnet": {"fuse_align_corners": True, "head_kernel": 1, "head_relu": True, "head_bias": True},
+    "ocrnet": {"fuse_align_corners": True, "aux_kernel": 1, "aux_channels": 720, "dropout": 0.05},
+    "deeplabv3": {"aspp_bn_eps": 1e-5},
+    "upernet": {"ppm_upsample_first": False},
+}
+# What the published configuration files of the authors' code set differently from our defaults.
+CODE_OPTIONS: dict[str, dict[str, object]] = {
+    "hrnet": {},
+    "ocrnet": {},
+    "deeplabv3": {},
+    "upernet": {"aux_index": 3},
+}
