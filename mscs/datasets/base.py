@@ -13,6 +13,9 @@ from PIL import Image
 from mscs.datasets.labels import IGNORE_INDEX, LabelSet
 from mscs.errors import MscsError, UsageError
 
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+JPEG_TRAILER = 4096  # bytes at the end of a file within which the end mark must lie
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -80,35 +83,35 @@ class Dataset:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read a colour image as uint8 (H, W, 3) RGB."""
-    image = cv2.imread(os.fspath(path), cv2.IMREAD_COLOR_RGB)
-    if image is None:
-        raise _unreadable(path)
-    return image
+    """Read a colour image as uint8 (H, W, 3) RGB, as its pixels are stored (no rotation by EXIF)."""
+    return _decode(path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def read_label(path: Path) -> np.ndarray:
     """Read a label file as the raw uint8 values (H, W) that it holds."""
-    label = cv2.imread(os.fspath(path), cv2.IMREAD_UNCHANGED)
-    if label is None:
-        raise _unreadable(path)
+    label = _decode(path, cv2.IMREAD_UNCHANGED)
     if label.ndim == 3:
         # OpenCV expands a palette to its colours; the class ids are the palette's indices.
         with Image.open(path) as file:
-            label = np.asarray(file)
             if file.mode != "P":
-                raise MscsError(
-                    f"{path}: label is a {file.mode} image; expected one 8-bit channel of class ids"
-                )
+                raise MscsError(f"{path}: label is a {file.mode} image; expected 8-bit class ids")
+            label = np.asarray(file)
     if label.dtype != np.uint8:
         raise MscsError(f"{path}: label holds {label.dtype} values; expected 8-bit class ids")
     return label
 
 
-def _unreadable(path: Path) -> MscsError:
-    if not path.exists():
-        return MscsError(f"{path}: file is missing. `mscs data verify` lists everything that is wrong")
-    return MscsError(f"{path}: cannot be decoded (broken or truncated). Fetch the dataset again")
+def _decode(path: Path, flags: int) -> np.ndarray:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise MscsError(f"{path}: file is missing. `mscs data verify` lists all that is wrong") from error
+    # libjpeg fills what is missing of a cut-off file with grey and only warns.
+    cut_off = data.startswith(JPEG_START) and JPEG_END not in data[-JPEG_TRAILER:]
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data and not cut_off else None
+    if image is None:
+        raise MscsError(f"{path}: cannot be decoded (broken or cut off). Fetch the dataset again")
+    return image
 
 
 def require_folder(dataset: str, folder: Path) -> Path:

@@ -1,0 +1,253 @@
+"""One contract for all datasets, in the real layout and generated; mapping, errors, start-up cost."""
+
+import importlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mscs.datasets import DATASETS, Dataset, Sample, build_dataset, label_set
+from mscs.datasets.labels import cadis_blacklist, cadis_raw_classes, cadis_videos, voc_palette
+from mscs.errors import MscsError, UsageError
+
+
+def split_sizes(name):
+    return {"train": 3, "val": 2} | ({"test": 1} if "test" in label_set(name).splits else {})
+
+
+@pytest.fixture(params=["real layout", "generated"])
+def any_root(request, make_tree, tmp_path):
+    """A function from a dataset's name to the root of a tree."""
+    if request.param == "real layout":
+        return lambda name: make_tree(name, split_sizes(name))
+
+    def generate(name):
+        synth = importlib.import_module("mscs.datasets.synth")
+        root = tmp_path / name
+        synth.write_dataset(name, root, seed=1, train=3, val=2, image_size=(64, 96), progress=False)
+        return root
+
+    return generate
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_contract(name, any_root):
+    root = any_root(name)
+    for split in ("train", "val"):
+        dataset = build_dataset(name, split, root)
+        assert isinstance(dataset, Dataset)
+        assert (dataset.name, dataset.split) == (name, split)
+        assert len(dataset) == {"train": 3, "val": 2}[split] == len(set(dataset.ids))
+        assert len(dataset.classes) == dataset.num_classes == len(dataset.colors)
+        assert dataset.colors.dtype == np.uint8
+        assert dataset.ignore_index == 255
+        for i in range(len(dataset)):
+            sample = dataset[i]
+            assert isinstance(sample, Sample)
+            assert sample.id == dataset.ids[i]
+            assert sample.image.dtype == sample.label.dtype == np.uint8
+            assert sample.image.shape == (*sample.label.shape, 3)
+            values = np.unique(sample.label)
+            assert values[values != 255].max() < dataset.num_classes
+    twin = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(twin[0].image, dataset[0].image)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [*((n, None) for n in DATASETS[:3]), *(("cadis", t) for t in (1, 2, 3))]
+)
+def test_labels_are_mapped_as_the_table_says(name, task, make_tree):
+    dataset = build_dataset(name, "train", make_tree(name), task)
+    labels = label_set(name, task)
+    for entry, sample in zip(dataset.entries, dataset, strict=True):
+        raw = cv2.imread(str(dataset.root / entry.label), cv2.IMREAD_UNCHANGED)
+        expected = np.full(raw.shape, 255, np.uint8)
+        for train_id, values in enumerate(labels.raw_ids):
+            for value in values:
+                expected[raw == value] = train_id
+        assert np.array_equal(sample.label, expected)
+        assert set(np.unique(sample.label)) >= set(range(labels.num_classes))
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_images_are_rgb_and_equal_to_pil(name, make_tree):
+    dataset = build_dataset(name, "val", make_tree(name))
+    with Image.open(dataset.root / dataset.entries[0].image) as image:
+        assert np.array_equal(dataset[0].image, np.asarray(image.convert("RGB")))
+
+
+def test_cityscapes_agrees_with_the_official_scripts():
+    official = pytest.importorskip("cityscapesscripts.helpers.labels")
+    labels = label_set("cityscapes")
+    lookup = labels.lookup()
+    for label in official.labels:
+        assert lookup[label.id % 256] == (label.trainId if label.trainId >= 0 else 255), label.name
+        if 0 <= label.trainId < 255:
+            assert labels.classes[label.trainId] == label.name
+            assert labels.colors[label.trainId] == label.color
+    assert labels.known_raw_values() == {label.id % 256 for label in official.labels}
+
+
+def test_facts():
+    counts = {"cityscapes": 19, "ade20k": 150, "pascal_context": 59}
+    assert {name: label_set(name).num_classes for name in counts} == counts
+    assert [label_set("cadis", task).num_classes for task in (1, 2, 3)] == [8, 17, 25]
+    assert label_set("cadis").task == 3
+    assert label_set("cityscapes").split_counts == {"train": 2975, "val": 500, "test": 1525}
+    assert label_set("ade20k").split_counts == {"train": 20210, "val": 2000}
+    assert label_set("pascal_context").split_counts == {"train": 4998, "val": 5105}
+    assert label_set("cadis").split_counts == {"train": 3550, "val": 534, "test": 586}
+    assert sorted(v for split in ("train", "val", "test") for v in cadis_videos(split)) == list(range(1, 26))
+    for task in (1, 2, 3):
+        labels = label_set("cadis", task)
+        assert labels.known_raw_values() == set(range(36))
+        for name, raw in zip(labels.classes[:7], labels.raw_ids[:7], strict=True):
+            assert [cadis_raw_classes()[value] for value in raw] == [name]
+    weights = label_set("cityscapes").class_weights
+    assert len(weights) == 19
+    assert (weights[0], weights[-1]) == (0.8373, 1.0507)
+    assert voc_palette(3) == ((128, 0, 0), (0, 128, 0), (128, 128, 0))
+
+
+def test_every_colour_is_unique():
+    for labels in (*(label_set(name) for name in DATASETS), label_set("cadis", 1), label_set("cadis", 2)):
+        assert len(set(labels.colors)) == labels.num_classes
+
+
+def test_cityscapes_reads_train_ids(make_tree):
+    root = make_tree("cityscapes")
+    ids = np.array([*range(19), 255], np.uint8)
+    raw = build_dataset("cityscapes", "train", root)
+    for entry in raw.entries:
+        path = root / entry.label
+        cv2.imwrite(str(path).replace("labelIds", "labelTrainIds"), np.resize(ids, (24, 40)))
+        path.unlink()
+    dataset = build_dataset("cityscapes", "train", root)
+    assert np.array_equal(dataset[0].label, np.resize(ids, (24, 40)))
+    assert dataset.known_raw_values == set(ids.tolist())
+
+
+def test_blacklist_is_an_option(make_tree):
+    root = make_tree("cadis")
+    listed = sorted(id for id in cadis_blacklist() if id.startswith("Video8_"))[0]
+    image, label = (root / "Video01" / kind / "Video1_frame000000.png" for kind in ("Images", "Labels"))
+    for source, kind in ((image, "Images"), (label, "Labels")):
+        target = root / "Video08" / kind / f"{listed}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    assert listed in build_dataset("cadis", "train", root).ids
+    assert listed not in build_dataset("cadis", "train", root, exclude_blacklisted=True).ids
+
+
+def test_palette_labels_are_read_by_index(make_tree):
+    root = make_tree("pascal_context")
+    path = root / build_dataset("pascal_context", "train", root).entries[0].label
+    raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    palette = Image.fromarray(raw).convert("P")
+    palette.putdata(raw.ravel().tolist())
+    palette.putpalette(list(range(256)) * 3)
+    before = build_dataset("pascal_context", "train", root)[0].label
+    palette.save(path)
+    assert np.array_equal(build_dataset("pascal_context", "train", root)[0].label, before)
+
+
+def test_exif_rotation_is_not_applied(make_tree):
+    root = make_tree("ade20k")
+    dataset = build_dataset("ade20k", "train", root)
+    path = root / dataset.entries[0].image
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # rotate by 90 degrees
+        image.save(path, exif=exif, quality=95)
+    assert dataset[0].image.shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "gone"])
+def test_broken_files_are_named(name, damage, make_tree):
+    root = make_tree(name)
+    dataset = build_dataset(name, "train", root)
+    path = root / dataset.entries[1].image
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"<html>404</html>"}[damage])
+    with pytest.raises(MscsError, match=path.name):
+        dataset[1]
+    assert dataset[0].id == dataset.ids[0]
+
+
+def test_size_mismatch_is_named(make_tree):
+    root = make_tree("ade20k")
+    dataset = build_dataset("ade20k", "train", root)
+    path = root / dataset.entries[0].label
+    cv2.imwrite(str(path), np.zeros((10, 10), np.uint8))
+    with pytest.raises(MscsError, match=rf"{path.name}.*10x10.*40x24"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((24, 40, 3), np.uint8), np.zeros((24, 40), np.uint16)], ids=["colour", "16 bit"]
+)
+def test_labels_of_the_wrong_kind_are_refused(pixels, make_tree):
+    root = make_tree("ade20k")
+    dataset = build_dataset("ade20k", "train", root)
+    cv2.imwrite(str(root / dataset.entries[0].label), pixels)
+    with pytest.raises(MscsError, match="expected 8-bit class ids"):
+        dataset[0]
+
+
+def test_missing_label_is_named(make_tree):
+    root = make_tree("cadis")
+    victim = next((root / "Video01" / "Labels").iterdir())
+    victim.unlink()
+    with pytest.raises(MscsError, match=victim.name):
+        build_dataset("cadis", "train", root)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_missing_folder_says_how_to_get_it(name, tmp_path):
+    with pytest.raises(UsageError, match=rf"{tmp_path}.*mscs data fetch {name}.*mscs data synth {name}"):
+        build_dataset(name, "train", tmp_path / "nowhere")
+
+
+def test_unprepared_pascal_context_says_so(make_tree):
+    root = make_tree("pascal_context")
+    (root / "SegmentationClassContext59").rename(root / "trainval")
+    with pytest.raises(UsageError, match="mscs data prepare pascal_context"):
+        build_dataset("pascal_context", "train", root)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("cityscape", "train"), {}, "did you mean 'cityscapes'"),
+        (("ade20k", "test"), {}, "Accepted: train, val"),
+        (("cadis", "train", 4), {}, "Accepted: 1"),
+        (("ade20k", "train", 1), {}, "has no tasks"),
+        (("cadis", "train"), {"exclude_blacklist": True}, "did you mean 'exclude_blacklisted'"),
+        (("ade20k", "train"), {"exclude_blacklisted": True}, "option of ade20k"),
+    ],
+)
+def test_wrong_requests(arguments, options, message, tmp_path):
+    name, split, *task = arguments
+    with pytest.raises(UsageError, match=message):
+        build_dataset(name, split, tmp_path, *task, **options)
+
+
+def test_facts_need_no_heavy_package():
+    code = (
+        "import sys, mscs.datasets.labels as l; l.label_set('cadis', 2); import mscs.datasets;"
+        "print([m for m in ('torch', 'cv2', 'numpy', 'PIL') if m in sys.modules])"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
