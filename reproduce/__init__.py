@@ -1,0 +1,1 @@
+"""What is specific to the paper: published values, which run fills which cell, tables, figures, report."""
