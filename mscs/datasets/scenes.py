@@ -43,7 +43,7 @@ class Surface:
 
 
 def _joints(u: Shape, v: Shape) -> Shape:
-    return -((u % 1 < 0.12) | (v % 1 < 0.12)).astype(np.float64)
+    return -((u % 1 < 0.16) | (v % 1 < 0.16)).astype(np.float64)
 
 
 TEXTURES: dict[str, Callable[[Shape, Shape], Shape]] = {
@@ -60,15 +60,15 @@ TEXTURES: dict[str, Callable[[Shape, Shape], Shape]] = {
 
 # name: hue, saturation and value ranges (0-1), texture, period, contrast ("noise" is drawn by the canvas)
 MATERIALS: dict[str, tuple[Range, Range, Range, str, float, float]] = {
-    "sky": ((0.50, 0.66), (0.02, 0.45), (0.60, 0.98), "plain", 1.0, 0.0),
+    "sky": ((0.50, 0.66), (0.02, 0.50), (0.50, 0.98), "plain", 1.0, 0.0),
     "dusk": ((0.02, 0.12), (0.05, 0.40), (0.60, 0.95), "plain", 1.0, 0.0),
-    "road": ((0.00, 1.00), (0.00, 0.14), (0.28, 0.58), "noise", 0.25, 0.10),
-    "sidewalk": ((0.00, 1.00), (0.00, 0.20), (0.35, 0.72), "tiles", 0.9, 0.35),
-    "building": ((0.00, 1.00), (0.02, 0.45), (0.30, 0.80), "noise", 1.5, 0.10),
-    "wall": ((0.00, 1.00), (0.02, 0.40), (0.30, 0.75), "bricks", 0.5, 0.40),
+    "road": ((0.00, 1.00), (0.00, 0.16), (0.26, 0.62), "noise", 0.3, 0.08),
+    "sidewalk": ((0.00, 1.00), (0.00, 0.20), (0.35, 0.75), "tiles", 0.8, 0.5),
+    "building": ((0.00, 1.00), (0.02, 0.45), (0.30, 0.90), "bands", 0.5, 0.07),
+    "wall": ((0.00, 1.00), (0.02, 0.40), (0.30, 0.75), "bricks", 0.5, 0.55),
     "fence": ((0.00, 1.00), (0.02, 0.50), (0.30, 0.80), "plain", 1.0, 0.0),
-    "leaves": ((0.07, 0.42), (0.20, 0.65), (0.25, 0.60), "noise", 0.5, 0.28),
-    "grass": ((0.07, 0.40), (0.15, 0.60), (0.30, 0.65), "noise", 0.2, 0.22),
+    "leaves": ((0.07, 0.42), (0.20, 0.65), (0.22, 0.62), "noise", 0.7, 0.42),
+    "grass": ((0.07, 0.40), (0.15, 0.60), (0.28, 0.68), "stripes", 0.22, 0.22),
     "paint": ((0.00, 1.00), (0.05, 0.75), (0.22, 0.85), "plain", 1.0, 0.0),
     "cloth": ((0.00, 1.00), (0.05, 0.65), (0.18, 0.75), "noise", 0.15, 0.12),
     "metal": ((0.00, 1.00), (0.00, 0.12), (0.25, 0.70), "plain", 1.0, 0.0),
@@ -118,7 +118,7 @@ class Canvas:
         self.label = np.full(self.image.shape[:2], unlabelled, dtype=np.uint8)
         self._unit = height * OVERSAMPLE
         noise = cv2.GaussianBlur(rng.normal(size=(256, 256)), (0, 0), 2.5)
-        self._noise = noise / noise.std()
+        self._noise = np.clip(noise / noise.std(), -1.6, 1.6)
         self._view = np.eye(3)
         self._camera = np.eye(3)
         self.eye_height = 0.0
@@ -219,8 +219,8 @@ class Canvas:
         """Return the picture (H, W, 3) RGB under its light and with sensor noise, and the labels (H, W)."""
         height, width = (length // OVERSAMPLE for length in self.label.shape)
         image = cv2.resize(self.image, (width, height), interpolation=cv2.INTER_AREA)
-        tint = self.between(0.75, 1.2) * self.rng.uniform(0.88, 1.12, 3)
-        slope = np.linspace(-1, 1, width)[None, :] * self.between(-0.18, 0.18)
+        tint = self.between(0.82, 1.15) * self.rng.uniform(0.94, 1.06, 3)
+        slope = np.linspace(-1, 1, width)[None, :] * self.between(-0.12, 0.12)
         light = (tint * (1 + slope)[..., None]).astype(np.float32)
         noise = self.rng.normal(0, 3.0, image.shape).astype(np.float32)
         half = OVERSAMPLE // 2
@@ -435,11 +435,11 @@ def facade(c: Canvas, length: float, height: float, name: str = "building") -> N
             c.paint(None, glass, box(x - wide, bottom, x + wide, y + tall))
 
 
-def fence(c: Canvas, length: float, height: float = 1.5) -> None:
+def fence(c: Canvas, length: float, height: float = 2.0) -> None:
     """Paint a see-through fence of rails and pickets; what is between the pickets counts as fence."""
     surface = c.material("fence")
-    c.paint("fence", SHADOW, box(0, 0, length, height), opacity=0.15)
-    pickets = [box(x, 0, x + 0.14, height) for x in np.arange(0, length, 0.42)]
+    c.paint("fence", SHADOW, box(0, 0, length, height), opacity=0.5)
+    pickets = [box(x, 0, x + 0.2, height) for x in np.arange(0, length, 0.5)]
     c.paint(
         "fence", surface, *pickets, box(0, 0.2, length, 0.34), box(0, height - 0.3, length, height - 0.16)
     )
@@ -467,14 +467,14 @@ def _roadside(c: Canvas, x: float, sign: int) -> None:
         length = c.between(7, 13)
         near = max(z - length, 2.5)
         view = c.side(sign * x, near)
-        kind = c.rng.choice(["building", "trees", "wall", "fence"], p=[0.5, 0.18, 0.14, 0.18])
+        kind = c.rng.choice(["building", "trees", "wall", "fence"], p=[0.4, 0.2, 0.2, 0.2])
         if kind == "building":
             facade(view, z - near, c.between(6, 16))
         else:
             for depth in np.arange(z, near, -4.0):
                 tree(c.front(sign * (x + 3), float(depth)), "vegetation", c.between(4.5, 8))
             if kind == "wall":
-                view.paint("wall", c.material("wall"), box(0, 0, z - near, 2.3))
+                view.paint("wall", c.material("wall"), box(0, 0, z - near, 2.8))
             elif kind == "fence":
                 fence(view, z - near)
         z = near if near > 2.5 else 0.0
@@ -482,15 +482,15 @@ def _roadside(c: Canvas, x: float, sign: int) -> None:
 
 def street(c: Canvas) -> None:
     """Paint a street in perspective with its traffic."""
-    horizon = c.between(0.38, 0.46)
-    c.look((c.aspect / 2 + c.between(-0.15, 0.15), horizon), 0.95, c.between(1.7, 2.1))
+    horizon = c.between(0.36, 0.43)
+    c.look((c.aspect / 2 + c.between(-0.15, 0.15), horizon), 1.05, c.between(2.0, 2.5))
     sky(c, horizon)
     for x in np.arange(-34, 34, 8.0):
         if c.chance(0.5):
             facade(c.front(x, 52), 7.5, c.between(4, 13))
         else:
             tree(c.front(x + 4, 50), "vegetation", c.between(6, 10))
-    ground, road, kerb = c.floor(), c.between(3.4, 4.6), c.between(2.2, 3.4)
+    ground, road, kerb = c.floor(), c.between(2.8, 3.8), c.between(2.8, 4.2)
     ground.paint("terrain", c.material("grass"), box(-60, 2.0, 60, 60))
     ground.paint("sidewalk", c.material("sidewalk"), box(-road - kerb, 2.0, road + kerb, 60))
     ground.paint("road", c.material("road"), box(-road, 2.0, road, 60))
@@ -498,7 +498,7 @@ def street(c: Canvas) -> None:
     ground.paint(
         None, LIGHT.lit(0.8), box(-road, 2, -road + 0.12, 60), box(road - 0.12, 2, road, 60), opacity=0.7
     )
-    verge = c.between(0.0, 2.2)
+    verge = c.between(0.5, 2.5)
     for sign in (-1, 1):
         _roadside(c, road + kerb + verge, sign)
     _traffic(c, road, kerb)
@@ -542,12 +542,12 @@ def _traffic(c: Canvas, road: float, kerb: float) -> None:
 
     # (at least, below, nearest, farthest)
     crowd = [
-        (car, 2, 6, 7, 28),
-        (large, 0, 2, 11, 22),
-        (person, 2, 6, 5, 18),
-        (riding, 1, 3, 6, 13),
-        (parked, 0, 3, 5, 10),
-        (standing, 3, 6, 5, 20),
+        (car, 3, 6, 5, 20),
+        (large, 0, 3, 8, 17),
+        (person, 3, 7, 4, 13),
+        (riding, 1, 4, 4, 11),
+        (parked, 0, 4, 4, 9),
+        (standing, 3, 7, 4, 14),
         (planted, 0, 3, 9, 25),
     ]
     things = [
