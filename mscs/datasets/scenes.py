@@ -73,6 +73,14 @@ MATERIALS: dict[str, tuple[Range, Range, Range, str, float, float]] = {
     "cloth": ((0.00, 1.00), (0.05, 0.65), (0.18, 0.75), "noise", 0.15, 0.12),
     "metal": ((0.00, 1.00), (0.00, 0.12), (0.25, 0.70), "plain", 1.0, 0.0),
     "skin": ((0.03, 0.09), (0.25, 0.55), (0.35, 0.90), "plain", 1.0, 0.0),
+    "plaster": ((0.00, 1.00), (0.02, 0.35), (0.40, 0.92), "stripes", 0.3, 0.05),
+    "planks": ((0.00, 1.00), (0.05, 0.50), (0.28, 0.75), "bricks", 0.22, 0.35),
+    "ceiling": ((0.00, 1.00), (0.00, 0.20), (0.55, 0.95), "plain", 1.0, 0.0),
+    "drape": ((0.00, 1.00), (0.05, 0.60), (0.30, 0.85), "folds", 0.16, 0.30),
+    "carpet": ((0.00, 1.00), (0.10, 0.60), (0.25, 0.75), "checker", 0.25, 0.30),
+    "water": ((0.00, 1.00), (0.05, 0.40), (0.30, 0.80), "ripples", 0.9, 0.22),
+    "rock": ((0.00, 1.00), (0.02, 0.35), (0.30, 0.75), "noise", 18.0, 0.30),
+    "earth": ((0.00, 1.00), (0.05, 0.45), (0.30, 0.75), "noise", 0.25, 0.14),
     "glass": ((0.50, 0.66), (0.05, 0.30), (0.15, 0.45), "plain", 1.0, 0.0),
 }
 DARK = Surface((28, 28, 32))
@@ -480,8 +488,8 @@ def _roadside(c: Canvas, x: float, sign: int) -> None:
         z = near if near > 2.5 else 0.0
 
 
-def street(c: Canvas) -> None:
-    """Paint a street in perspective with its traffic."""
+def street(c: Canvas, quiet: tuple[str, ...] = ()) -> None:
+    """Paint a street in perspective with its traffic, without the kinds of it named in `quiet`."""
     horizon = c.between(0.36, 0.43)
     c.look((c.aspect / 2 + c.between(-0.15, 0.15), horizon), 1.05, c.between(2.0, 2.5))
     sky(c, horizon)
@@ -501,10 +509,10 @@ def street(c: Canvas) -> None:
     verge = c.between(0.5, 2.5)
     for sign in (-1, 1):
         _roadside(c, road + kerb + verge, sign)
-    _traffic(c, road, kerb)
+    _traffic(c, road, kerb, quiet)
 
 
-def _traffic(c: Canvas, road: float, kerb: float) -> None:
+def _traffic(c: Canvas, road: float, kerb: float, quiet: tuple[str, ...]) -> None:
     """Paint what stands and moves in a street whose carriageway and kerbs have these (half) widths."""
 
     def either_side(low: float, high: float) -> float:
@@ -553,7 +561,334 @@ def _traffic(c: Canvas, road: float, kerb: float) -> None:
     things = [
         (c.between(near, far), draw)
         for draw, least, below, near, far in crowd
+        if draw.__name__ not in quiet
         for _ in range(c.rng.integers(least, below))
     ]
     for z, draw in sorted(things, key=lambda thing: -thing[0]):
         draw(z)
+
+
+FURNITURE: dict[str, list[tuple[float, float, float, float, float, float]]] = {
+    # parts, far to near: x, z, width, height, depth, base
+    "bed": [(0.0, 1.9, 1.6, 1.0, 0.1, 0.0), (0.0, 0.0, 1.6, 0.5, 1.9, 0.0)],
+    "sofa": [(0.0, 0.6, 2.0, 0.95, 0.25, 0.0), (0.0, 0.0, 1.7, 0.45, 0.6, 0.0)]
+    + [(x, 0.0, 0.25, 0.65, 0.75, 0.0) for x in (-0.95, 0.95)],
+    "table": [(x, z, 0.1, 0.65, 0.1, 0.0) for z in (0.75, 0.0) for x in (-0.7, 0.7)]
+    + [(0.0, 0.0, 1.6, 0.12, 0.85, 0.65)],
+    "chair": [(x, z, 0.07, 0.42, 0.07, 0.0) for z in (0.4, 0.0) for x in (-0.19, 0.19)]
+    + [(0.0, 0.4, 0.46, 0.6, 0.07, 0.45), (0.0, 0.0, 0.46, 0.09, 0.45, 0.4)],
+    "cabinet": [(0.0, 0.0, 1.1, 1.05, 0.45, 0.0)],
+}
+
+
+def furniture(c: Canvas, name: str, x: float, z: float) -> None:
+    """Paint a piece of furniture; all share their fabrics and differ in outline."""
+    surface = c.material("cloth")
+    shade(c, x, z + 0.4, 0.9 if name in ("bed", "sofa", "table") else 0.5, 0.6)
+    for dx, dz, width, height, depth, base in FURNITURE[name]:
+        front, _ = block(c, name, surface, x + dx, z + dz, (width, height, depth), base)
+        if name == "cabinet":
+            for y in (0.1, 0.42, 0.74):
+                front.paint(None, SHADOW, box(-0.48, y, 0.48, y + 0.26), opacity=0.3)
+                front.paint(None, LIGHT, box(-0.08, y + 0.12, 0.08, y + 0.16))
+    if name == "bed":
+        c.floor(0.52).paint(
+            name, LIGHT, *(box(x + d - 0.32, z + 1.3, x + d + 0.32, z + 1.75) for d in (-0.4, 0.4))
+        )
+    elif name == "sofa":
+        c.front(x, z + 0.58).paint(
+            name, surface.lit(1.2), *(box(d - 0.4, 0.47, d + 0.4, 0.85) for d in (-0.43, 0.43))
+        )
+
+
+def lamp(c: Canvas) -> None:
+    """Paint a standing lamp."""
+    c.paint("lamp", c.material("metal"), stroke([(0, 0), (0, 1.4)], 0.06), disc(0, 0.03, 0.18, 0.05))
+    c.paint("lamp", LIGHT, np.array([(-0.28, 1.3), (0.28, 1.3), (0.16, 1.75), (-0.16, 1.75)]))
+
+
+def potted_plant(c: Canvas) -> None:
+    """Paint a plant in a pot."""
+    c.paint("plant", c.material("paint"), np.array([(-0.15, 0), (0.15, 0), (0.22, 0.35), (-0.22, 0.35)]))
+    leaves = replace(c.material("leaves"), period=0.2)
+    for turn in np.linspace(-1.1, 1.1, 7):
+        tip = (0.75 * np.sin(turn), 0.35 + 0.85 * np.cos(turn))
+        c.paint("plant", leaves.lit(c.between(0.8, 1.2)), stroke([(0, 0.3), tip], 0.3, 0.02))
+
+
+# body length, body height, leg length, neck length, neck lift (turn fraction)
+ANIMALS: dict[str, tuple[float, float, float, float, float]] = {
+    "cow": (1.9, 0.85, 0.6, 0.5, 0.03),
+    "horse": (1.7, 0.65, 0.95, 0.9, 0.14),
+    "sheep": (1.2, 0.75, 0.35, 0.25, 0.08),
+    "dog": (0.75, 0.3, 0.35, 0.25, 0.12),
+    "cat": (0.5, 0.24, 0.18, 0.14, 0.10),
+}
+
+
+def animal(c: Canvas, name: str) -> None:
+    """Paint a four-legged animal from the side; all share their coats and differ in proportions."""
+    length, height, leg, neck, lift = ANIMALS[name]
+    coat, y, half = c.material("cloth"), leg + height / 2, length / 2
+    root = (0.85 * half, y + 0.2 * height)
+    nape = (root[0] + neck * np.cos(2 * np.pi * lift), root[1] + neck * np.sin(2 * np.pi * lift))
+    nose = (nape[0] + 0.35 * height, nape[1] - 0.15 * height)
+    rump, tail = (-half, y + 0.3 * height), (-1.3 * half, y)
+    for light, shift in ((0.7, 0.12 * length), (1.0, 0.0)):
+        feet = (shift - 0.7 * half, shift + 0.7 * half)
+        c.paint(name, coat.lit(light), *(stroke([(x, y), (x, 0)], 0.3 * height, 0.14 * height) for x in feet))
+    c.paint(name, coat, disc(0, y, half, height / 2), stroke([root, nape], 0.5 * height, 0.35 * height))
+    c.paint(name, coat.lit(1.15), stroke([nape, nose], 0.4 * height, 0.25 * height))
+    c.paint(name, coat.lit(0.8), stroke([rump, tail], 0.1 * height))
+
+
+def _hang(c: Canvas, left: float, right: float) -> None:
+    """Paint what a wall carries between two positions: a curtained window, a door, pictures or a screen."""
+    middle, kind = (
+        (left + right) / 2,
+        c.rng.choice(["window", "door", "painting", "screen"], p=[0.4, 0.2, 0.25, 0.15]),
+    )
+    if kind == "window":
+        c.paint(None, LIGHT, box(middle - 0.72, 0.85, middle + 0.72, 2.2))
+        c.paint("window", c.material("sky"), box(middle - 0.65, 0.92, middle + 0.65, 2.13))
+        c.paint(
+            "window",
+            LIGHT,
+            box(middle - 0.03, 0.92, middle + 0.03, 2.13),
+            box(middle - 0.65, 1.5, middle + 0.65, 1.55),
+        )
+        drape, spread = c.material("drape"), c.between(0.4, 0.6)
+        for x in (middle - 0.95, middle + 0.95 - spread):
+            c.paint("curtain", drape, box(x, 0.1, x + spread, 2.35))
+    elif kind == "door":
+        surface = c.material("cloth")
+        c.paint("door", surface, box(middle - 0.5, 0, middle + 0.5, 2.1))
+        c.paint(
+            None, SHADOW, *(box(middle - 0.36, y, middle + 0.36, y + 0.8) for y in (0.2, 1.15)), opacity=0.25
+        )
+        c.paint(None, LIGHT, disc(middle + 0.4, 1.05, 0.05))
+    else:
+        name = "painting" if kind == "painting" else "screen"
+        rim, inside = (0.07, c.material("carpet")) if kind == "painting" else (0.05, c.material("glass"))
+        c.paint(
+            name,
+            DARK if kind == "screen" else c.material("cloth"),
+            box(middle - 0.55, 1.15, middle + 0.55, 1.95),
+        )
+        c.paint(name, inside, box(middle - 0.55 + rim, 1.15 + rim, middle + 0.55 - rim, 1.95 - rim))
+
+
+def room(c: Canvas, pets: bool = False) -> None:
+    """Paint a furnished room, seen from one end."""
+    half, depth, height = c.between(1.9, 2.6), c.between(4.2, 5.6), c.between(2.5, 2.8)
+    c.look((c.aspect / 2 + c.between(-0.15, 0.15), c.between(0.36, 0.48)), 0.95, c.between(1.4, 1.7))
+    c.floor(height).paint("ceiling", c.material("ceiling"), box(-half, 0.5, half, depth))
+    c.floor().paint("floor", c.material("planks"), box(-half, 0.5, half, depth))
+    paper = c.material("plaster")
+    walls = [c.front(0, depth), c.side(-half, 0), c.side(half, 0)]
+    for wall, light, span in zip(
+        walls, (1.0, 0.8, 0.88), ((-half, half), (0.5, depth), (0.5, depth)), strict=True
+    ):
+        wall.paint("wall", paper.lit(light), box(span[0], 0, span[1], height))
+        wall.paint(None, LIGHT, box(span[0], 0, span[1], 0.1), opacity=0.7)
+    _hang(walls[0], -half, 0)
+    _hang(walls[0], 0, half)
+    for wall in walls[1:]:
+        _hang(wall, depth - 2.2, depth - 0.2)
+    if c.chance(0.4):
+        c.floor().paint("rug", c.material("carpet"), box(-0.6 * half, depth - 3, 0.6 * half, depth - 1))
+    things: list[tuple[float, Callable[[float], None]]] = []
+    main = str(c.rng.choice(["bed", "sofa", "table"]))
+    x = c.between(-0.45, 0.45) * half
+    things.append(
+        (depth - (2.2 if main == "bed" else c.between(1.1, 2.2)), lambda z: furniture(c, main, x, z))
+    )
+
+    def corner(z: float) -> None:
+        kind = str(c.rng.choice(["lamp", "plant", "cabinet", "chair"]))
+        place = c.between(0.65, 0.85) * half * (1 if c.chance(0.5) else -1)
+        if kind in FURNITURE:
+            furniture(c, kind, place, z)
+        else:
+            shade(c, place, z, 0.3, 0.15)
+            {"lamp": lamp, "plant": potted_plant}[kind](c.front(place, z))
+
+    def being(z: float) -> None:
+        view = c.front(c.between(-0.8, 0.8) * half, z)
+        if pets and c.chance(0.7):
+            animal(
+                view.local(0, 0, c.between(1.0, 1.5) * (-1 if c.chance(0.5) else 1)),
+                "cat" if c.chance(0.5) else "dog",
+            )
+        else:
+            figure(view, "person")
+
+    things += [(c.between(depth - 2.6, depth - 0.6), corner) for _ in range(c.rng.integers(1, 4))]
+    things += [(c.between(depth - 2.8, depth - 1.5), being) for _ in range(c.rng.integers(0, 2))]
+    things += [(c.between(2.2, 2.8), lambda z: furniture(c, "chair", c.between(-0.8, 0.8) * half, z))] * int(
+        c.chance(0.4)
+    )
+    for z, draw in sorted(things, key=lambda thing: -thing[0]):
+        draw(z)
+
+
+def landscape(c: Canvas, animals: tuple[str, ...] = ()) -> None:
+    """Paint open country: mountains, meadows, water, bare earth, trees, a house, animals."""
+    horizon = c.between(0.35, 0.5)
+    c.look((c.aspect / 2, horizon), 0.95, c.between(1.8, 2.4))
+    sky(c, horizon)
+    far = c.front(0, 120)
+    if c.chance(0.7):
+        x = np.linspace(-110, 110, 60)
+        ridge = sum(c.between(2, 9) * np.sin(x / c.between(6, 26) + c.between(0, 6)) for _ in range(4))
+        crest = np.maximum(c.between(12, 22) + np.asarray(ridge), 2)
+        outline = np.concatenate([np.stack([x, crest], axis=1), [(110, -2), (-110, -2)]])
+        far.paint("mountain", c.material("rock"), outline)
+    ground = c.floor()
+    ground.paint("grass", c.material("grass"), box(-90, 1.5, 90, 121))
+    if c.chance(0.55):
+        shore = c.between(5, 9)
+        ground.paint("water", c.material("water"), box(-90, shore, 90, c.between(30, 121)))
+    if c.chance(0.5):
+        bend, width = c.between(-4, 4), c.between(1.2, 2.5)
+        ground.paint(
+            "earth", c.material("earth"), stroke([(c.between(-2, 2), 1.5), (bend, 7), (3 * bend, 30)], width)
+        )
+    if c.chance(0.4):
+        facade(c.front(c.between(-9, 3), 22), c.between(5, 9), c.between(4, 8))
+
+    def planted(z: float) -> None:
+        tree(c.front(c.between(-0.6, 0.6) * c.aspect * z, z), "vegetation", c.between(3.5, 6.5))
+
+    def grazing(z: float) -> None:
+        x = c.between(-0.4, 0.4) * c.aspect * z
+        shade(c, x, z, 0.8, 0.3)
+        animal(c.front(x, z).local(0, 0, 1.0 if c.chance(0.5) else -1.0), str(c.rng.choice(animals)))
+
+    def walking(z: float) -> None:
+        figure(c.front(c.between(-0.4, 0.4) * c.aspect * z, z), "person")
+
+    crowd = [(planted, 2, 7, 7, 28), (walking, 0, 2, 4, 9)] + [(grazing, 1, 4, 3.5, 8)] * bool(animals)
+    things = [
+        (c.between(near, far_end), draw)
+        for draw, least, below, near, far_end in crowd
+        for _ in range(c.rng.integers(least, below))
+    ]
+    if c.chance(0.4):
+        things.append((c.between(7, 12), lambda z: fence(c.front(-30, z), 60, 1.2)))
+    for z, draw in sorted(things, key=lambda thing: -thing[0]):
+        draw(z)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A surgical instrument: every one is a metal shaft, told apart by its tip, width and handle."""
+
+    tip: str
+    width: float
+    weight: float
+    handle: str | None = None
+    grip: str = "plain"
+    reach: float = 0.4
+    """Distance from the tip to the handle, in picture heights."""
+
+
+TOOLS = {
+    "Hydrodissection Cannula": Tool("straight", 0.020, 2, "Hydrodissection Cannula Handle", "plain", 0.45),
+    "Viscoelastic Cannula": Tool("bent", 0.020, 2),
+    "Capsulorhexis Cystotome": Tool("hook", 0.020, 2, "Capsulorhexis Cystotome Handle", "plain", 0.40),
+    "Rycroft Cannula": Tool("bent", 0.020, 2, "Rycroft Cannula Handle", "bands", 0.35),
+    "Bonn Forceps": Tool("prongs", 0.055, 4),
+    "Primary Knife": Tool("diamond", 0.030, 2, "Primary Knife Handle", "bands", 0.30),
+    "Phacoemulsifier Handpiece": Tool("tube", 0.050, 5, "Phacoemulsifier Handpiece Handle", "knurl", 0.35),
+    "Lens Injector": Tool("tube", 0.080, 3, "Lens Injector Handle", "plain", 0.45),
+    "I/A Handpiece": Tool("tube", 0.042, 5, "I/A Handpiece Handle", "stripes", 0.35),
+    "Secondary Knife": Tool("blade", 0.030, 2, "Secondary Knife Handle", "bands", 0.30),
+    "Micromanipulator": Tool("hook", 0.024, 5),
+    "Capsulorhexis Forceps": Tool("prongs", 0.030, 3),
+}
+
+
+def instrument(c: Canvas, name: str, opacity: float) -> None:
+    """Paint an instrument from its tip at the origin along x towards and past the picture's edge."""
+    tool, length = TOOLS[name], 1.6
+    metal, w = c.material("metal").lit(1.3), TOOLS[name].width
+    tips = {
+        "straight": [stroke([(0, 0), (0.2, 0)], w * 0.8, w)],
+        "bent": [stroke([(0, 0.07), (0.08, 0.0), (0.2, 0)], w * 0.8, w)],
+        "hook": [stroke([(0.0, 0.045), (0.01, 0.0), (0.2, 0)], w * 0.8, w)],
+        "prongs": [
+            stroke([(0, sign * w * 0.6), (0.15, sign * w * 0.5), (0.3, 0)], 0.012, 0.02) for sign in (-1, 1)
+        ],
+        "tube": [stroke([(0, 0), (0.12, 0)], 0.5 * w, 0.6 * w)],
+        "diamond": [np.array([(0, 0), (0.07, 0.035), (0.14, 0), (0.07, -0.035)])],
+        "blade": [np.array([(0, -0.03), (0.14, 0.02), (0.14, -0.02)])],
+    }
+    start = {"prongs": 0.28, "tube": 0.1, "diamond": 0.1, "blade": 0.12}.get(tool.tip, 0.18)
+    end = tool.reach if tool.handle else length
+    c.paint(name, metal, *tips[tool.tip], stroke([(start, 0), (end, 0)], w), opacity=opacity)
+    c.paint(None, LIGHT, box(start, 0.1 * w, end, 0.3 * w), opacity=0.6 * opacity)
+    if tool.handle:
+        surface = replace(c.material("metal"), texture=tool.grip, period=0.045, contrast=0.35)
+        thick = 0.06 + 1.1 * w
+        c.paint(
+            tool.handle,
+            surface,
+            stroke([(end, 0), (end + 0.06, 0)], w, thick),
+            box(end + 0.05, -thick / 2, length, thick / 2),
+        )
+        c.paint(None, LIGHT, box(end + 0.05, 0.1 * thick, length, 0.25 * thick), opacity=0.5)
+
+
+def surgery(c: Canvas) -> None:
+    """Paint an eye under the operating microscope: skin, drape, retractors, eye, one to three instruments."""
+    x, y = c.aspect / 2 + c.between(-0.15, 0.15), 0.5 + c.between(-0.06, 0.06)
+    frame, wide = box(0, 0, c.aspect, 1), c.between(0.62, 0.78)
+    c.paint("Skin", replace(c.material("skin"), texture="noise", period=0.06, contrast=0.1), frame)
+    drape = c.material("drape")
+    for corner in range(4):
+        if c.chance(0.55):
+            turn = (corner + 0.5 + c.between(-0.2, 0.2)) * np.pi / 2
+            c.local(x, y, 1.0, turn).paint("Surgical Tape", drape, box(c.between(0.62, 0.78), -1.2, 1.6, 1.2))
+    c.paint(
+        "Cornea",
+        replace(c.material("skin").lit(1.15), texture="folds", period=0.3, contrast=0.06),
+        disc(x, y, wide, 0.4),
+    )
+    for _ in range(14):
+        turn, start = c.between(0, 2 * np.pi), c.between(0.3, 0.36)
+        vein = [(x + r * np.cos(turn + 0.3 * r) * wide / 0.5, y + r * np.sin(turn)) for r in (start, 0.42)]
+        c.paint(None, Surface((170, 40, 40)), stroke(vein, 0.003, 0.008), opacity=0.35)
+    ring, hole = c.between(0.26, 0.31), c.between(0.13, 0.22)
+    colour = c.material("paint")
+    c.paint("Iris", colour, disc(x, y, ring))
+    c.paint(None, SHADOW, stroke(disc(x, y, ring - 0.015), 0.03), opacity=0.5)
+    for turn in np.linspace(0, 2 * np.pi, 90):
+        spoke = [(x + r * np.cos(turn), y + r * np.sin(turn)) for r in (hole, ring - 0.02)]
+        c.paint(None, colour.lit(c.between(0.5, 1.6)), stroke(spoke, 0.008, 0.012), opacity=0.6)
+    reflex = c.material("cloth").lit(c.between(0.4, 1.0))
+    c.paint("Pupil", reflex, disc(x, y, hole))
+    c.paint(None, reflex.lit(1.35), disc(x, y, 0.7 * hole), opacity=0.5)
+    wire = c.material("metal").lit(1.2)
+    for sign in (-1, 1):
+        arc = disc(x, y, 0.96 * wide, 0.42, (0.08 + 0.25 * (1 - sign), 0.42 + 0.25 * (1 - sign)))
+        c.paint("Eye Retractors", wire, stroke(arc, 0.035))
+        c.paint("Eye Retractors", wire, stroke([arc[24], arc[24] + (0.1, sign * 0.3)], 0.03))
+    if c.chance(0.3):
+        glove, edge = c.material("cloth"), c.chance(0.5)
+        palm = c.local(0.0 if edge else c.aspect, c.between(0.7, 1.0), 1.0 if edge else -1.0)
+        fingers = [
+            stroke([(-0.1, d), (0.34 - abs(d), 0.6 * d - 0.06)], 0.17, 0.1) for d in (-0.14, 0.0, 0.14)
+        ]
+        palm.paint("Hand", glove, *fingers, disc(-0.02, 0.05, 0.26))
+    weights = np.array([tool.weight for tool in TOOLS.values()])
+    names = c.rng.choice(list(TOOLS), size=c.rng.integers(1, 4), replace=False, p=weights / weights.sum())
+    first = c.between(0, 2 * np.pi)
+    for i, name in enumerate(names):
+        turn = first + i * c.between(1.4, 2.4)
+        tip = c.local(x + c.between(-0.2, 0.2), y + c.between(-0.12, 0.12), 1.0, turn)
+        instrument(tip, str(name), 0.5 if c.chance(0.12) else 1.0)
+    for _ in range(c.rng.integers(1, 4)):
+        c.paint(
+            None, LIGHT, disc(x + c.between(-0.2, 0.2), y + c.between(-0.2, 0.2), 0.02, 0.013), opacity=0.9
+        )

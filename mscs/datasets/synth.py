@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mscs.datasets import scenes
-from mscs.datasets.labels import check_dataset, label_set
+from mscs.datasets.labels import cadis_raw_classes, cadis_videos, check_dataset, label_set
 from mscs.errors import MscsError, UsageError
 from mscs.seeding import numpy_generator
 
@@ -51,13 +52,84 @@ def _cityscapes_paths(split: str, index: int) -> tuple[str, str]:
     return f"leftImg8bit/{name}_leftImg8bit.png", f"gtFine/{name}_gtFine_labelIds.png"
 
 
+def _ade20k_paths(split: str, index: int) -> tuple[str, str]:
+    folder = {"train": "training", "val": "validation"}[split]
+    name = f"{folder}/ADE_{split}_{index + 1:08d}"
+    return f"ADEChallengeData2016/images/{name}.jpg", f"ADEChallengeData2016/annotations/{name}.png"
+
+
+def _pascal_name(split: str, index: int) -> str:
+    return f"{2008 if split == 'train' else 2009}_{index + 1:06d}"
+
+
+def _pascal_paths(split: str, index: int) -> tuple[str, str]:
+    name = _pascal_name(split, index)
+    return f"VOCdevkit/VOC2010/JPEGImages/{name}.jpg", f"SegmentationClassContext59/{name}.png"
+
+
+def _cadis_paths(split: str, index: int) -> tuple[str, str]:
+    videos = cadis_videos(split)
+    video = videos[index % len(videos)]
+    name = f"Video{video}_frame{10 * (index // len(videos) + 1):06d}.png"
+    return f"Video{video:02d}/Images/{name}", f"Video{video:02d}/Labels/{name}"
+
+
+def _one_of(*draws: Callable[[scenes.Canvas], None]) -> Callable[[scenes.Canvas], None]:
+    return lambda canvas: draws[canvas.rng.integers(len(draws))](canvas)
+
+
+ADE20K_NAMES = {
+    "vegetation": "tree",
+    "terrain": "grass",
+    "window": "windowpane",
+    "screen": "television receiver",
+}
+PASCAL_NAMES = {
+    "vegetation": "tree",
+    "terrain": "grass",
+    "earth": "ground",
+    "rider": "person",
+    "motorcycle": "motorbike",
+    "screen": "tvmonitor",
+    "plant": "pottedplant",
+    "lamp": "light",
+}
+
 RECIPES = {
     "cityscapes": Recipe(scenes.street, (128, 256), 1.0, 0, _cityscapes_paths, {}),
+    "ade20k": Recipe(
+        _one_of(
+            scenes.room,
+            scenes.room,
+            partial(scenes.street, quiet=("riding", "parked", "standing", "large")),
+            scenes.landscape,
+        ),
+        (128, 160),
+        0.75,
+        0,
+        _ade20k_paths,
+        ADE20K_NAMES,
+    ),
+    "pascal_context": Recipe(
+        _one_of(
+            partial(scenes.room, pets=True),
+            partial(scenes.street, quiet=("standing",)),
+            partial(scenes.landscape, animals=("cow", "horse", "sheep")),
+        ),
+        (128, 160),
+        0.75,
+        0,
+        _pascal_paths,
+        PASCAL_NAMES,
+    ),
+    "cadis": Recipe(scenes.surgery, (135, 240), 1.0, 0, _cadis_paths, {}),
 }
 
 
 def class_values(name: str) -> dict[str, int]:
     """Return the raw label value of every class name that scenes of dataset `name` may paint."""
+    if name == "cadis":
+        return {label: value for value, label in enumerate(cadis_raw_classes())}
     labels = label_set(name)
     values = {label.strip(): raw[0] for label, raw in zip(labels.classes, labels.raw_ids, strict=True)}
     return values | {drawn: values[known] for drawn, known in RECIPES[name].aliases.items()}
@@ -153,7 +225,10 @@ def _write_tree(
 
 def extra_files(name: str, counts: dict[str, int]) -> Iterator[tuple[str, str]]:
     """Yield the other files that the dataset's layout asks for, as (path, text)."""
-    return iter(())
+    if name == "pascal_context":
+        for split, count in counts.items():
+            lines = "".join(f"{_pascal_name(split, index)}\n" for index in range(count))
+            yield f"VOCdevkit/VOC2010/ImageSets/Main/{split}.txt", lines
 
 
 def _write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
