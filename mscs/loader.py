@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mscs.datasets.base import Dataset, Sample
-from mscs.errors import UsageError
+from mscs.errors import MscsError, UsageError
 from mscs.seeding import numpy_generator
 
 
@@ -34,6 +34,9 @@ class Transform(Protocol):
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Return the image and the label."""
+
+
+Part = tuple[Tensor, Tensor, str]
 
 
 class Draw(NamedTuple):
@@ -114,8 +117,10 @@ def train_loader(
         worker_init_fn=_single_threaded,
         prefetch_factor=2 if num_workers else None,
     )
-    for step, (images, labels, ids) in zip(steps, loader, strict=True):
-        yield Batch(images, labels, ids, step)
+    for step, parts in zip(steps, loader, strict=True):
+        if isinstance(parts, MscsError):
+            raise parts
+        yield Batch(*parts, step)
 
 
 class _Augmented(torch.utils.data.Dataset):
@@ -124,14 +129,22 @@ class _Augmented(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, transform: Transform, seed: int) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor, str]:
-        sample = self.dataset[draw.sample]
+    def __getitem__(self, draw: Draw) -> Part | MscsError:
+        try:
+            sample = self.dataset[draw.sample]
+        except MscsError as error:
+            return error  # raised in a worker, it would arrive buried in a traceback
         image, label = self.transform(sample, numpy_generator(self.seed, "augment", draw.epoch, draw.sample))
         return image, label, sample.id
 
 
-def _collate(parts: Sequence[tuple[Tensor, Tensor, str]]) -> tuple[Tensor, Tensor, list[str]]:
-    images, labels, ids = zip(*parts, strict=True)
+def _collate(parts: Sequence[Part | MscsError]) -> tuple[Tensor, Tensor, list[str]] | MscsError:
+    whole: list[Part] = []
+    for part in parts:
+        if isinstance(part, MscsError):
+            return part
+        whole.append(part)
+    images, labels, ids = zip(*whole, strict=True)
     return torch.stack(images), torch.stack(labels), list(ids)
 
 

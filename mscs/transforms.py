@@ -80,13 +80,15 @@ class PhotoMetricDistortion:
         contrast_first = rng.random() < 0.5
         if contrast_first and rng.random() < 0.5:
             image = _affine(image, rng.uniform(*self.contrast), 0.0)
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        if rng.random() < 0.5:
-            hsv[..., 1] = _affine(hsv[..., 1], rng.uniform(*self.saturation), 0.0)
-        if rng.random() < 0.5:
-            shift = int(rng.integers(-self.hue_delta, self.hue_delta + 1))
-            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        saturate, turn = rng.random() < 0.5, rng.random() < 0.5
+        if saturate or turn:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+            if saturate:
+                hsv[..., 1] = _affine(hsv[..., 1], rng.uniform(*self.saturation), 0.0)
+            if turn:
+                shift = int(rng.integers(-self.hue_delta, self.hue_delta + 1))
+                hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
         if not contrast_first and rng.random() < 0.5:
             image = _affine(image, rng.uniform(*self.contrast), 0.0)
         return image
