@@ -189,8 +189,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from mscs.distributed import join_world
     from mscs.engine import TrainFiles
-    from mscs.evaluation import evaluate_run
-    from mscs.results import write_csv, write_json
+    from mscs.evaluation import evaluate_run, nonzero
+    from mscs.results import write_json
 
     folder = run_folder(settings, args)
     files = TrainFiles(WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder)
@@ -199,10 +199,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         record, matrices = evaluate_run(settings, root, weights, world, split=args.split)
         if world.is_main:
             write_json(files.results / "evaluation.json", record)
-            classes = record["classes"]
-            for name, matrix in matrices.items():
-                rows = [dict(zip(classes, map(int, row), strict=True)) for row in matrix]
-                write_csv(files.results / f"confusion-{name}.csv", rows)
+            write_json(files.results / "confusion.json", {k: nonzero(m) for k, m in matrices.items()})
             shown = ", ".join(f"{mode} {record[mode]['miou']:.2f}" for mode in settings.evaluation)
             print(f"{settings.run}: mIoU {shown} (in percent, {args.split})")
     return 0

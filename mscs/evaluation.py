@@ -112,6 +112,11 @@ def evaluate_run(
     return record, matrices
 
 
+def nonzero(matrix: np.ndarray) -> list[list[int]]:
+    """Return the filled entries of a confusion matrix as [true class, predicted class, pixels]."""
+    return [[int(t), int(p), int(matrix[t, p])] for t, p in zip(*np.nonzero(matrix), strict=True)]
+
+
 def _share(dataset: Dataset, world: World) -> Iterator[Sample]:
     for index in range(world.rank, len(dataset), world.size):
         yield dataset[index]

@@ -224,6 +224,10 @@ class Params:
             "variant": self._variant(run, entry),
         }
 
+    def run_model(self, run: str) -> str:
+        """Return the name of the entry of `models` that a run uses."""
+        return self._run(run)["model"]
+
     def resolve(
         self,
         run: str,
