@@ -1,0 +1,42 @@
+# `make` lists the verbs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test test-all check lock clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## create .venv with the pinned packages
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+reproduce: $(READY) ## run the whole pipeline in the profile of params.yaml and print where the report is
+	$(BIN)/python -m reproduce run
+
+test: $(READY) ## the test suite without its slow tests (offline, CPU, minutes)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: $(READY) ## every test
+	$(BIN)/python -m pytest -n 2
+
+check: $(READY) ## linters and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: $(READY) ## pin every package anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --constraint requirements.in \
+	  pyproject.toml --output-file requirements.lock
+
+clean: ## remove generated data, checkpoints and caches; results and .venv stay
+	rm -rf work .dvc/tmp .dvc/cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

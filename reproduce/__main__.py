@@ -1,0 +1,158 @@
+"""`python -m reproduce`: a thin command line over DVC that hides its foot-guns."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from mscs.cli import RESULTS, resolve_all, run_command
+from mscs.errors import UsageError, unknown_name
+from mscs.params import Params, load_params
+from mscs.results import write_json
+from reproduce import pipeline
+from reproduce.cells import TABLES, cells
+
+FIGURES = {"fig1": "tsne", **dict.fromkeys(pipeline.FIGURE_RUNS, "qualitative")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    return run_command(build_parser(), argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all subcommands."""
+    parser = argparse.ArgumentParser(prog="python -m reproduce", description=__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, handler: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(handler=handler)
+        return sub
+
+    run = command("run", _run, "bring tables, figures, runs or everything up to date")
+    run.add_argument("target", nargs="*", help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows, or nothing for all")
+    run.add_argument("--keep-going", action="store_true", help="go on with what does not depend on a failed stage")
+    run.add_argument("--fresh", action="store_true", help="retrain from step 0 what has to be retrained")
+
+    listing = command("cells", _cells, "list every cell of Tables 1-3 and the run that fills it")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    tables = command("tables", _tables, "rewrite the tables from the results that are there")
+    tables.add_argument("table", nargs="*", help="1a 1b 2a 2b 3 (default: all)")
+    tables.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+
+    report = command("report", _report, "rewrite report.html from the results that are there")
+    report.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+
+    resolve = command("resolve", _resolve, "write resolved.json, the settings of every run")
+    resolve.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+
+    command("params", _parameters, "count the parameters of every network, without allocating weights")
+    command("pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables")
+    return parser
+
+
+def stages_of(target: str, params: Params) -> list[str]:
+    """Return DVC's names of the stages that a target asks for."""
+    profile = params.profile
+    default = pipeline.default_runs(params)
+    if target in TABLES:
+        return [f"tables_{target}@{profile}"]
+    if target in FIGURES:
+        return [f"{FIGURES[target]}@{profile}"]
+    if target == "rows":
+        return [f"{pipeline.ROWS_FILE}"]
+    if target == "report":
+        return [f"report@{profile}"]
+    if target in pipeline.DATASETS:
+        prefix = "" if any(r.startswith(target) for r in default) else f"{pipeline.ROWS_FILE}:"
+        return [f"{prefix}data@{profile}-{target}"]
+    if target in params.runs:
+        dataset = params.run_info(target)["dataset"]
+        prefix = "" if target in default else f"{pipeline.ROWS_FILE}:"
+        return [f"{prefix}evaluate_{dataset}@{profile}-{target}"]
+    accepted = [*TABLES, *FIGURES, *pipeline.DATASETS, "rows", "report", *params.runs]
+    raise UsageError(unknown_name("target", target, accepted))
+
+
+def _run(args: argparse.Namespace) -> int:
+    import os
+
+    params = load_params()
+    targets = [stage for target in args.target for stage in stages_of(target, params)]
+    command = [sys.executable, "-m", "dvc", "repro", *targets]
+    if args.keep_going:
+        command.append("--keep-going")
+    environment = {**os.environ, "MSCS_FRESH": "1"} if args.fresh else None
+    try:
+        code = subprocess.run(command, check=False, env=environment).returncode
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    page = RESULTS / params.profile / "report.html"
+    if code == 0 and not args.target and page.exists():
+        print(f"report: {page.resolve()}")
+    return code
+
+
+def _cells(args: argparse.Namespace) -> None:
+    rows = [
+        {key: value for key, value in asdict(cell).items() if key in ("table", "row", "column", "paper", "source", "run")}
+        for cell in cells()
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        paper = "-" if row["paper"] is None else row["paper"]
+        print(f"{row['table']:3} {row['row']:50} {row['column']:16} {paper!s:>6}  {row['run'] or '(cited)'}")
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from reproduce.tables import Results, write_table
+
+    results = Results(args.profile or load_params().profile)
+    for table in args.table or TABLES:
+        write_table(table, results)
+    print(f"tables: {(results.root / 'tables').resolve()}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from reproduce.report import write_report
+
+    profile = args.profile or load_params().profile
+    write_report(profile, RESULTS / profile)
+    print(f"report: {(RESULTS / profile / 'report.html').resolve()}")
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    params = load_params()
+    profile = args.profile or params.profile
+    path = RESULTS / profile / "resolved.json"
+    write_json(path, resolve_all(params, profile))
+    print(path)
+
+
+def _parameters(_args: argparse.Namespace) -> None:
+    from reproduce.tables import parameter_count
+
+    params = load_params()
+    seen = set()
+    for run in params.runs:
+        info = params.run_info(run)
+        key = (info["dataset"], info["model"], info["backbone"])
+        if key not in seen:
+            seen.add(key)
+            print(f"{parameter_count(params, run) / 1e6:8.2f} M  {info['dataset']:15} {info['model']:10} {info['backbone']}")
+
+
+def _pipeline(_args: argparse.Namespace) -> None:
+    pipeline.write(load_params())
+    print(f"{pipeline.ROOT_FILE} {pipeline.ROWS_FILE}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
