@@ -190,8 +190,9 @@ class _FusedLoss(torch.autograd.Function):
         return (pull * loss).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the statistics would silently count as constants
+            raise RuntimeError('contrastive_loss: second derivatives need backend "reference"')
         x, y, start, end, nlse, push, pull = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             dx, dy = ctx.engine.gradients(x, y, start, end, nlse, push, pull, ctx.needs_input_grad[1])
@@ -246,9 +247,11 @@ def diagnostics(
     y, y_labels = x, anchor_labels
     if contrast is not None and contrast_labels is not None:
         y, y_labels = prepare(contrast), contrast_labels
+    if len(x) == 0 or len(y) == 0:
+        return Diagnostics(*x.new_tensor((math.nan, math.nan, 0.0)))
     picked = torch.linspace(0, len(x) - 1, min(len(x), max_rows), device=x.device).round().long()
     sums = x.new_zeros(5)
-    for rows in picked.split(max(1, (1 << 22) // max(1, len(y)))):
+    for rows in picked.split(max(1, (1 << 22) // len(y))):
         cosine = x[rows] @ y.T
         positive = torch.eq(anchor_labels[rows, None], y_labels)
         negative = ~positive
@@ -261,4 +264,4 @@ def diagnostics(
             mean.sum(), (count > 0).sum(), hardest.where(others > 0, 0).sum(), (others > 0).sum(),
             ((count > 0) * others.log1p()).sum(),
         ))  # fmt: skip
-    return Diagnostics(sums[0] / sums[1], sums[2] / sums[3], sums[4] / max(1, len(picked)))
+    return Diagnostics(sums[0] / sums[1], sums[2] / sums[3], sums[4] / len(picked))
