@@ -35,7 +35,7 @@ check: $(READY) ## linters and types
 
 lock: $(READY) ## pin every package anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
-	  --no-emit-index-url --no-emit-find-links --no-annotate --upgrade --constraint requirements.in \
+	  --no-emit-index-url --no-emit-find-links --no-annotate --upgrade \
 	  pyproject.toml --output-file requirements.lock
 
 clean: ## remove generated data, checkpoints and caches; results and .venv stay
