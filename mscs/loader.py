@@ -120,7 +120,8 @@ def train_loader(
     for step, parts in zip(steps, loader, strict=True):
         if isinstance(parts, MscsError):
             raise parts
-        yield Batch(*parts, step)
+        images, labels, ids = parts
+        yield Batch(images, labels, ids, step)
 
 
 class _Augmented(torch.utils.data.Dataset):
