@@ -33,7 +33,8 @@ check: $(READY) ## linters and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lock: $(READY) ## pin every package anew from pyproject.toml
+lock: ## pin every package anew from pyproject.toml
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; }
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --upgrade \
 	  pyproject.toml --output-file requirements.lock

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from mscs.errors import UsageError, unknown_name
+from mscs.models.options import MODEL_OPTIONS
 
 GROUPS = 4
 """Every row of the supplement was trained on four GPUs: a batch is always four groups of images."""
@@ -263,7 +264,9 @@ class Params:
         sources |= dict.fromkeys(("run", "dataset", "loss", "schedule", "variant"), f"params.yaml, runs.{run}")
         sources |= {"profile": "params.yaml, profile", "recipe": "params.yaml, recipe"}
         _complete(values, sources, where, overrides)
-        return Resolved(_build(values, where), sources)
+        settings = _build(values, where)
+        _known(settings.model_options, MODEL_OPTIONS[settings.model], f"{where}: model_options", "option")
+        return Resolved(settings, sources)
 
     def _layers(
         self, entry: Mapping[str, Any], run: str, recipe: str, profile: str

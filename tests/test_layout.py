@@ -1,0 +1,63 @@
+"""The rooms and the order of imports: a module may import from lower layers of its package, never upwards."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LAYERS = [
+    {"errors", "seeding", "params", "distributed", "metrics", "results", "provenance"},
+    {"datasets", "transforms", "models", "losses", "optim"},
+    {"loader", "checkpoint", "inference"},
+    {"engine"},
+    {"evaluation"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+CONFIGURATION_FREE = {"datasets", "transforms", "models", "losses", "metrics", "optim", "inference", "loader"}
+
+
+def imported_modules(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.parts[1].removesuffix(".py")
+
+
+SOURCES = sorted(p for p in Path("mscs").rglob("*.py") if p != Path("mscs/__init__.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    assert room in LEVEL, f"{path}: a new room must be given a place in LAYERS"
+    for name in imported_modules(path):
+        assert not name.startswith("reproduce"), f"{path} imports {name}"
+        parts = name.split(".")
+        if parts[0] != "mscs" or len(parts) < 2 or parts[1] not in LEVEL:
+            continue
+        other = parts[1]
+        if other == room:
+            continue
+        lower = LEVEL[other] < LEVEL[room]
+        base_of_base = LEVEL[room] == 0 and other in ("errors", "seeding")
+        same_shelf = LEVEL[other] == LEVEL[room] and LEVEL[room] in (2,)
+        assert lower or base_of_base or same_shelf, f"{path} imports {name}: upwards or sideways"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=str)
+def test_losses_models_and_metrics_know_no_configuration(path):
+    if room_of(path) in CONFIGURATION_FREE:
+        assert not [n for n in imported_modules(path) if n.startswith(("mscs.params", "yaml"))]
+
+
+def test_there_is_no_catch_all():
+    assert not list(Path("mscs").rglob("utils*")) + list(Path("reproduce").rglob("utils*"))

@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mscs.errors import UsageError
+from mscs.models.options import MODEL_OPTIONS
+from mscs.params import Params, from_plain, load_params, parse_overrides, to_plain
+
+# The supplement's Tables 4 to 7: dataset, model, backbone -> crop, lr, decay, weight decay, batch, steps, optimiser.
+SUPPLEMENT = {
+    ("cityscapes", "hrnet", "hrnet_w48"): ((512, 1024), 1e-2, "poly", 5e-5, 12, 120_000, "sgd"),
+    ("cityscapes", "ocrnet", "hrnet_w48"): ((512, 1024), 1e-2, "poly", 5e-5, 12, 120_000, "sgd"),
+    ("cityscapes", "deeplabv3", "resnet101"): ((512, 1024), 1e-2, "poly", 5e-5, 12, 120_000, "sgd"),
+    ("cityscapes", "upernet", "resnet101"): ((512, 1024), 1e-2, "poly", 5e-5, 12, 120_000, "sgd"),
+    ("cityscapes", "upernet", "swin_tiny"): ((512, 1024), 6e-5, "linear", 1e-2, 8, 120_000, "adamw"),
+    ("cityscapes", "upernet", "swin_small"): ((512, 1024), 6e-5, "linear", 1e-2, 8, 120_000, "adamw"),
+    ("cityscapes", "upernet", "swin_base"): ((512, 1024), 6e-5, "linear", 1e-2, 8, 120_000, "adamw"),
+    ("ade20k", "ocrnet", "hrnet_w48"): ((512, 512), 1e-2, "poly", 1e-4, 16, 160_000, "sgd"),
+    ("ade20k", "deeplabv3", "resnet101"): ((512, 512), 1e-2, "poly", 1e-4, 16, 160_000, "sgd"),
+    ("ade20k", "upernet", "resnet101"): ((512, 512), 1e-2, "poly", 1e-4, 16, 160_000, "sgd"),
+    ("ade20k", "upernet", "swin_tiny"): ((512, 512), 6e-5, "linear", 1e-2, 16, 160_000, "adamw"),
+    ("ade20k", "upernet", "swin_small"): ((512, 512), 6e-5, "linear", 1e-2, 16, 160_000, "adamw"),
+    ("ade20k", "upernet", "swin_base"): ((512, 512), 6e-5, "linear", 1e-2, 16, 160_000, "adamw"),
+    ("ade20k", "upernet", "swin_large"): ((640, 640), 6e-5, "linear", 1e-2, 16, 160_000, "adamw"),
+    ("pascal_context", "ocrnet", "hrnet_w48"): ((512, 512), 1e-3, "poly", 1e-4, 16, 160_000, "sgd"),
+    ("pascal_context", "hrnet", "hrnet_w48"): ((512, 512), 1e-3, "poly", 1e-4, 16, 160_000, "sgd"),
+    ("cadis", "ocrnet", "resnet50"): ((540, 960), 1e-4, "exp", 0.0, 8, 20_000, "adam"),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return load_params()
+
+
+@pytest.fixture
+def document():
+    return yaml.safe_load(Path("params.yaml").read_text())
+
+
+def test_every_row_of_tables_4_to_7_has_a_ce_and_an_ours_run_with_the_printed_settings(params):
+    found = {}
+    for run in params.runs:
+        s = params.resolve(run, "paper").settings
+        if s.variant in ("ce", "ours"):
+            key = (s.dataset, s.model, s.backbone.split(".")[0].split("_patch")[0])
+            row = (s.crop_size, s.lr, s.lr_schedule, s.weight_decay, s.batch_size, s.steps, s.optimizer)
+            found.setdefault(key, {})[s.variant] = row
+    assert found == {key: {"ce": row, "ours": row} for key, row in SUPPLEMENT.items()}
+
+
+def test_section_a_and_e_of_the_supplement(params):
+    ours = params.resolve("cityscapes-hrnet-hr48-ours", "paper").settings
+    assert (ours.multi_scale_weight, ours.cross_scale_weight) == (0.1, 0.1)
+    assert ours.scale_weights == (1.0, 0.7, 0.4, 0.1)
+    assert ours.cross_pairs == ((0, 3), (0, 2))
+    assert ours.projector == "backbone"
+    assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.projector == "fpn"
+    assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.ms_scales == (0.5, 0.75, 1.25, 1.5, 1.75)
+    for dataset in ("cityscapes", "pascal_context"):
+        scales = params.resolve(f"{dataset}-hrnet-hr48-ours", "paper").settings.ms_scales
+        assert scales == (0.5, 0.75, 1.25, 1.5, 1.75, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("run", "weights", "pairs"),
+    [
+        ("cityscapes-deeplabv3-r101-ours", (1.0, 0.7, 0.4), ((0, 2), (0, 1))),
+        ("cadis-ocrnet-r50-ours", (1.0, 0.7), ((0, 1),)),
+        ("cityscapes-hrnet-hr48-one-scale", (1.0,), ()),
+        ("cityscapes-hrnet-hr48-ours-equal-weights", (1.0,) * 4, ((0, 3), (0, 2))),
+    ],
+)
+def test_networks_with_fewer_maps_take_the_first_weights_and_the_last_pairs(params, run, weights, pairs):
+    settings = params.resolve(run, "paper").settings
+    assert settings.scale_weights == weights
+    assert settings.cross_pairs == pairs
+
+
+@pytest.mark.parametrize(("batch", "images"), [(8, 2), (12, 3), (16, 4)])
+def test_a_group_is_a_quarter_of_the_batch(params, batch, images):
+    run = "cityscapes-hrnet-hr48-ours"
+    assert params.resolve(run, "paper", {"batch_size": batch}).settings.images_per_group == images
+
+
+def test_every_run_resolves_in_every_profile_and_comes_back_from_json(params):
+    for profile in params.profiles:
+        for run in params.runs:
+            resolved = params.resolve(run, profile)
+            plain = json.loads(json.dumps(to_plain(resolved.settings)))
+            assert from_plain(plain) == resolved.settings
+            assert set(plain) <= set(resolved.sources), "every value has a source"
+            assert "." not in run
+            assert set(resolved.settings.model_options) <= set(MODEL_OPTIONS[resolved.settings.model])
+
+
+def test_mini_keeps_the_ratio_of_budgets_and_four_groups(params):
+    steps = [params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.steps for k in (40, 80, 120)]
+    assert steps[1] == 2 * steps[0]
+    assert steps[2] == 3 * steps[0]
+    for run in params.runs:
+        settings = params.resolve(run, "mini").settings
+        assert settings.batch_size == 4 * settings.images_per_group
+
+
+def test_sources_name_the_supplements_table(params):
+    sources = params.resolve("ade20k-upernet-swinl22k-ours", "paper").sources
+    assert "Table 5" in sources["lr"]
+    assert "Table 7" in params.resolve("cadis-ocrnet-r50-ce", "paper").sources["steps"]
+    assert sources["seeds"].startswith("our choice")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("schedules", "cityscapes-hrnet-hr48", "lrr"), 0.1, ["lrr", "did you mean 'lr'"]),
+        (("schedules", "cityscapes-hrnet-hr48", "lr"), "fast", ["lr", "'fast'", "a number"]),
+        (("schedules", "cityscapes-hrnet-hr48", "lr"), -1, ["lr", "-1", "from 0"]),
+        (("schedules", "cityscapes-hrnet-hr48", "batch_size"), 12.5, ["batch_size", "12.5", "whole number"]),
+        (("schedules", "cityscapes-hrnet-hr48", "crop_size"), [512], ["crop_size", "[512]", "2 items"]),
+        (("schedules", "cityscapes-hrnet-hr48", "optimizer"), "sgdd", ["optimizer", "'sgdd'", "'sgd'"]),
+        (("runs", "cityscapes-hrnet-hr48-ce", "loss"), "cee", ["loss", "'cee'", "did you mean 'ce'"]),
+        (("runs", "cityscapes-hrnet-hr48-ce", "hflip"), 2, ["hflip", "2", "to 1"]),
+        (("profiles", "mini", "datasets", "citiscapes"), {}, ["citiscapes", "did you mean 'cityscapes'"]),
+        (("profiless",), {}, ["profiless", "did you mean 'profiles'"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_nearest_valid_one(document, path, value, words):
+    block = document
+    for key in path[:-1]:
+        block = block[key]
+    block[path[-1]] = value
+    with pytest.raises(UsageError) as caught:
+        Params(document)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_key_names_run_and_block(document):
+    del document["schedules"]["cityscapes-hrnet-hr48"]["lr"]
+    with pytest.raises(UsageError, match="cityscapes-hrnet-hr48-ce.*missing key 'lr'.*schedules"):
+        Params(document).resolve("cityscapes-hrnet-hr48-ce", "paper")
+
+
+def test_a_run_id_with_a_dot_or_a_foreign_name_is_refused(document):
+    document["runs"]["cityscapes-hrnet-hr48-v1.5"] = document["runs"]["cityscapes-hrnet-hr48-ce"]
+    with pytest.raises(UsageError, match="without dots"):
+        Params(document)
+
+
+def test_unknown_model_option_is_refused(params):
+    with pytest.raises(UsageError, match="head_chanels.*did you mean 'head_channels'"):
+        params.resolve("cityscapes-hrnet-hr48-ce", "paper", {"model_options": {"head_chanels": 3}})
+
+
+def test_overrides_are_yaml_and_reach_the_settings(params):
+    overrides = parse_overrides(["lr=0.5", "crop_size=[64, 64]", "projector=null"])
+    resolved = params.resolve("cityscapes-hrnet-hr48-ce", "paper", overrides)
+    assert resolved.settings.lr == 0.5
+    assert resolved.settings.crop_size == (64, 64)
+    assert resolved.sources["lr"] == "--set"
+    with pytest.raises(UsageError, match="key=value"):
+        parse_overrides(["lr"])
+    with pytest.raises(UsageError, match="did you mean 'momentum'"):
+        params.resolve("cityscapes-hrnet-hr48-ce", "paper", {"momentun": 1})
+
+
+def test_the_fingerprint_changes_with_what_decides_training_and_with_nothing_else(params):
+    run = "cityscapes-hrnet-hr48-ce"
+    base = params.resolve(run, "paper").settings
+    assert params.resolve(run, "paper", {"lr": 0.02}).settings.digest() != base.digest()
+    assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest() == base.digest()
+    assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest("evaluate") != base.digest("evaluate")
+
+
+@pytest.mark.parametrize("command", [["mscs", "--help"], ["mscs", "runs"], ["reproduce", "cells"]])
+def test_light_commands_do_not_import_torch(command):
+    code = f"import runpy, sys; sys.argv = {command!r}; runpy.run_module({command[0]!r}, run_name='__main__')"
+    script = f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules and 'cv2' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
