@@ -3,6 +3,7 @@
 The only file that knows timm. A backbone returns its feature maps as (B, C, H/s, W/s), fine to coarse.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -11,14 +12,17 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_arch_pretrained_cfgs
 from timm.models.hrnet import HighResolutionModule
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mscs.errors import UsageError
+from mscs.errors import UsageError, unknown_name
 from mscs.models.layers import resize
+from mscs.models.pretrained import PINNED_TAGS, fetch_weights
+from mscs.models.weights import read_state_dict
 
 
 class Backbone(nn.Module):
@@ -160,15 +164,16 @@ class SwinBackbone(Backbone):
 @contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     # Recomputing a block would update the running statistics of its batch norms a second time.
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracked = [m.track_running_stats for m in norms]
+    norms: list[Any] = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, value in zip(norms, tracked, strict=True):
-            norm.track_running_stats = value
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -207,24 +212,99 @@ def build_backbone(
     Raises:
         UsageError: unknown name or tag, or a network that cannot do what is asked.
     """
-    architecture = name.partition(".")[0]
+    architecture = _architecture(name)
+    options = dict(backbone_options or {})
+    weights = None
+    if pretrained is True:
+        name = _tagged(name)
+        pretrained = fetch_pretrained(name)
+    if pretrained is not False:
+        weights = read_state_dict(pretrained)
+        options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": dict(weights)}}
+    backbone: Backbone
+    try:
+        if architecture.startswith("hrnet"):
+            backbone = _build_hrnet(name, drop_path_rate, options, fuse_align_corners)
+        elif architecture.startswith("swin_"):
+            backbone = _build_swin(name, drop_path_rate, output_stride, options)
+        else:
+            backbone = _build_other(name, drop_path_rate, output_stride, options)
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        options.pop("pretrained_cfg_overlay", None)
+        raise UsageError(f"timm cannot make a feature pyramid of {name!r} with {options}: {error}") from error
+    if weights is not None:
+        _require_all(backbone.body, weights)
+    if checkpointing:
+        _enable_checkpointing(backbone)
+    return backbone
+
+
+def _architecture(name: str) -> str:
+    architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = timm.list_models(f"*{architecture[:6]}*")[:8]
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=6)
         raise UsageError(
             f"unknown backbone {name!r}; it must be a name from timm.list_models()"
             + (f", such as {', '.join(near)}" if near else "")
         )
-    options = dict(backbone_options or {})
-    backbone: Backbone
-    if architecture.startswith("hrnet"):
-        backbone = _build_hrnet(architecture, drop_path_rate, options, fuse_align_corners)
-    elif architecture.startswith("swin_"):
-        backbone = _build_swin(architecture, drop_path_rate, output_stride, options)
-    else:
-        backbone = _build_other(architecture, drop_path_rate, output_stride, options)
-    if checkpointing:
-        _enable_checkpointing(backbone)
-    return backbone
+    tags = get_arch_pretrained_cfgs(architecture)
+    if tag and name not in tags:
+        raise UsageError(unknown_name(f"weight tag of backbone {architecture!r}", name, tags))
+    return architecture
+
+
+def _tagged(name: str) -> str:
+    architecture = _architecture(name)
+    if name != architecture:
+        return name
+    if name not in PINNED_TAGS:
+        tags = get_arch_pretrained_cfgs(name)
+        raise UsageError(
+            f"backbone {name!r} has no pinned weights; name the tag, one of: {', '.join(tags) or 'none'}"
+        )
+    return f"{name}.{PINNED_TAGS[name]}"
+
+
+def fetch_pretrained(name: str) -> Path:
+    """Return the weight file of backbone `name`, downloaded and checked; without a tag, the pinned one.
+
+    Raises:
+        UsageError: the name has no tag and none is pinned.
+        MscsError: no network and no file, or a damaged file.
+    """
+    name = _tagged(name)
+    cfg = get_arch_pretrained_cfgs(_architecture(name))[name]
+    url = cfg.url
+    if not url and cfg.hf_hub_id:
+        file = cfg.hf_hub_filename or "model.safetensors"
+        url = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{file}"
+    if not url:
+        raise UsageError(f"timm knows no weight file for {name!r}; give pretrained the path of one")
+    return fetch_weights(name, url)
+
+
+def _require_all(body: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that leave a tensor of `body` as it was drawn: timm loads backbones without complaint.
+
+    timm may rename tensors while loading, so a tensor also counts as loaded if its values are in the file.
+    """
+    names = {name.replace("_", ".") for name in weights}
+    prints = {_fingerprint(value) for value in weights.values()}
+    missing = [
+        name
+        for name, value in body.state_dict().items()
+        if value.is_floating_point()
+        and name.replace("_", ".") not in names
+        and _fingerprint(value) not in prints
+    ]
+    if missing:
+        raise UsageError(
+            f"the weight file lacks {len(missing)} tensors of the backbone: {', '.join(missing[:10])}"
+        )
+
+
+def _fingerprint(value: Tensor) -> tuple[int, float]:
+    return value.numel(), value.double().sum().item()
 
 
 def _only_stride_32(name: str, output_stride: int) -> None:
@@ -266,12 +346,7 @@ def _build_other(
         options["drop_path_rate"] = drop_path_rate
     if output_stride != 32:
         options["output_stride"] = output_stride
-    try:
-        body = timm.create_model(name, features_only=True, **options)
-    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-        raise UsageError(
-            f"timm cannot build {name!r} as a feature pyramid with {options}: {error}"
-        ) from error
+    body = timm.create_model(name, features_only=True, **options)
     info = body.feature_info
     channels, strides = info.channels()[-4:], info.reduction()[-4:]
     if len(strides) < 4 or strides[0] != 4 or strides[-1] != output_stride:

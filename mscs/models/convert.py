@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mscs.errors import MscsError, UsageError
+from mscs.errors import UsageError
 from mscs.models.base import SegmentationModel
+from mscs.models.weights import load_strictly, unwrap
 
 Rules = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
@@ -108,54 +108,6 @@ UPSTREAM: dict[str, Rules] = {
     ],
 }
 
-_OPTIONAL = ("num_batches_tracked", "relative_position_index", "attn_mask")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a weight file: safetensors, or a pickle read without running any code in it.
-
-    Raises:
-        UsageError: no such file.
-        MscsError: the file is truncated, or is no weight file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"no weight file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many types for broken files
-        raise MscsError(
-            f"cannot read weights from {path}: {error}. It must be a complete .safetensors file, or a file "
-            "written by torch.save that holds tensors only"
-        ) from error
-    return unwrap(content)
-
-
-def unwrap(content: object) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors without wrappers (`state_dict`, `model`) and prefixes (`module.`)."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise UsageError(f"a checkpoint must map names to tensors, found {type(content).__name__}")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UsageError(f"the checkpoint holds no tensors; its keys are {sorted(map(str, content))[:8]}")
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if any(name.startswith(prefix) for name in tensors):
-            # what does not carry the prefix belongs to the training wrapper, such as a loss's class weights
-            tensors = {
-                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-            }
-    return tensors
-
 
 def load_official(model: SegmentationModel, state_dict: Mapping[str, object]) -> None:
     """Load a checkpoint of the paper's own code into `model`, strictly.
@@ -203,26 +155,3 @@ def _renamed(
             new = re.sub(pattern, replacement, new)
         renamed[new] = tensor
     return renamed
-
-
-def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load `tensors`; only batch counters and position indices may be absent or left over."""
-    own = model.state_dict()
-    missing = [name for name in own if name not in tensors and not name.endswith(_OPTIONAL)]
-    unexpected = [name for name in tensors if name not in own and not name.endswith(_OPTIONAL)]
-    reshaped = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    if problems:
-        raise UsageError(
-            f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Build the model "
-            "with the backbone, class count, options and projector that the checkpoint was trained with"
-        )
-    model.load_state_dict({name: value for name, value in tensors.items() if name in own}, strict=False)
