@@ -1,6 +1,7 @@
 """What every dataset is: a list of image and label files, one label table, and a way to read a sample."""
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from PIL import Image
 
 from mscs.datasets.labels import IGNORE_INDEX, LabelSet
 from mscs.errors import MscsError, UsageError
+from mscs.results import read_json
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_TRAILER = 4096  # bytes at the end of a file within which the end mark must lie
+MANIFEST = "manifest.json"
+CACHE = "decoded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,33 +70,52 @@ class Dataset:
         self.ids = tuple(entry.id for entry in index.entries)
         self.known_raw_values = index.known_raw_values
         self._lookup = np.frombuffer(index.lookup, dtype=np.uint8)
+        self._cache = open_cache(root)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, i: int) -> Sample:
         entry = self.entries[i]
-        image = read_image(self.root / entry.image)
-        label = read_label(self.root / entry.label)
-        if image.shape[:2] != label.shape:
-            raise MscsError(
-                f"{self.root / entry.label}: label is {label.shape[1]}x{label.shape[0]} pixels, "
-                f"its image {image.shape[1]}x{image.shape[0]}. Fetch {self.name} again"
-            )
+        image, label = self._read_cached(entry) if self._cache else self._read(entry)
         return Sample(image, cv2.LUT(label, self._lookup), entry.id)
 
+    def _read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
+        image_path, label_path = self.root / entry.image, self.root / entry.label
+        image = decode_image(read_bytes(image_path), image_path)
+        label = decode_label(read_bytes(label_path), label_path)
+        check_sizes(image, label, label_path)
+        return image, label
 
-def read_image(path: Path) -> np.ndarray:
-    """Read a colour image as uint8 (H, W, 3) RGB, as its pixels are stored (no rotation by EXIF)."""
-    return _decode(path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    def _read_cached(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
+        """Map the decoded files into memory: only the pages that a crop touches are read."""
+        image, label = (
+            np.load(f"{self._cache}/{path}.npy", mmap_mode="r") for path in (entry.image, entry.label)
+        )
+        return image.view(np.ndarray), label.view(np.ndarray)
 
 
-def read_label(path: Path) -> np.ndarray:
-    """Read a label file as the raw uint8 values (H, W) that it holds."""
-    label = _decode(path, cv2.IMREAD_UNCHANGED)
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file of the dataset."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MscsError(
+            f"{path}: cannot be read ({error.strerror}). `mscs data verify` lists all that is wrong"
+        ) from error
+
+
+def decode_image(data: bytes, path: Path) -> np.ndarray:
+    """Decode a colour image to uint8 (H, W, 3) RGB, as its pixels are stored (no rotation by EXIF)."""
+    return _decode(data, path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def decode_label(data: bytes, path: Path) -> np.ndarray:
+    """Decode a label file to the raw uint8 values (H, W) that it holds."""
+    label = _decode(data, path, cv2.IMREAD_UNCHANGED)
     if label.ndim == 3:
         # OpenCV expands a palette to its colours; the class ids are the palette's indices.
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(data)) as file:
             if file.mode != "P":
                 raise MscsError(f"{path}: label is a {file.mode} image; expected 8-bit class ids")
             label = np.asarray(file)
@@ -101,17 +124,36 @@ def read_label(path: Path) -> np.ndarray:
     return label
 
 
-def _decode(path: Path, flags: int) -> np.ndarray:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MscsError(f"{path}: file is missing. `mscs data verify` lists all that is wrong") from error
+def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
     # libjpeg fills what is missing of a cut-off file with grey and only warns.
     cut_off = data.startswith(JPEG_START) and JPEG_END not in data[-JPEG_TRAILER:]
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data and not cut_off else None
     if image is None:
         raise MscsError(f"{path}: cannot be decoded (broken or cut off). Fetch the dataset again")
     return image
+
+
+def check_sizes(image: np.ndarray, label: np.ndarray, path: Path) -> None:
+    """Raise MscsError unless image and label have the same height and width."""
+    if image.shape[:2] != label.shape:
+        raise MscsError(
+            f"{path}: label is {label.shape[1]}x{label.shape[0]} pixels, "
+            f"its image {image.shape[1]}x{image.shape[0]}. Fetch the dataset again"
+        )
+
+
+def open_cache(root: Path) -> Path | None:
+    """Return the folder of decoded images if `mscs data prepare --cache` made one for the files in `root`."""
+    index = root / CACHE / "index.json"
+    if not index.is_file():
+        return None
+    made_from, now = read_json(index)["manifest"], read_json(root / MANIFEST)["digest"]
+    if made_from != now:
+        raise UsageError(
+            f"{index.parent}: decoded from other files ({made_from[:12]}) than {root / MANIFEST} lists "
+            f"({now[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
+        )
+    return index.parent
 
 
 def require_folder(dataset: str, folder: Path) -> Path:
