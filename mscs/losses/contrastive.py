@@ -142,7 +142,7 @@ def sorted_loss(
     if name == "triton":
         from mscs.losses.triton_kernels import TritonEngine  # imports triton, which is heavy and CUDA only
 
-        engine = TritonEngine(temperature, bounded=bounded, unit=unit, half=precision == "fp16")
+        engine: Engine = TritonEngine(temperature, bounded=bounded, unit=unit, half=precision == "fp16")
     else:
         engine = TiledEngine(temperature, bounded=bounded)
     return _FusedLoss.apply(x, y, start, end, engine)
@@ -163,6 +163,9 @@ def _dense(similarity: Tensor, same: Tensor, *, exclude_diagonal: bool) -> Tenso
 class Engine(Protocol):
     """What a memory-saving backend offers; y = None means x against itself."""
 
+    def pack(self, x: Tensor) -> Tensor:
+        """Return the rows in the form the other two methods take."""
+
     def statistics(
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,23 +183,23 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor, engine: Engine) -> Tensor:
-        x = x.contiguous()
-        y = None if y is None else y.contiguous()
-        nlse, loss, hits = engine.statistics(x, y, start, end)
+        rows = engine.pack(x)
+        columns = None if y is None else engine.pack(y)
+        nlse, loss, hits = engine.statistics(rows, columns, start, end)
         positives = end - start - (1 if y is None else 0)
         pull = (positives > 0) / (positives.clamp(min=1) * len(x)).to(x.dtype)
-        ctx.engine = engine
-        ctx.save_for_backward(x, y, start, end, nlse, pull * hits, pull)
+        ctx.engine, ctx.channels = engine, x.shape[1]
+        ctx.save_for_backward(rows, columns, start, end, nlse, pull * hits, pull)
         return (pull * loss).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the statistics would silently count as constants
             raise RuntimeError('contrastive_loss: second derivatives need backend "reference"')
-        x, y, start, end, nlse, push, pull = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            dx, dy = ctx.engine.gradients(x, y, start, end, nlse, push, pull, ctx.needs_input_grad[1])
-        return dx * grad, None if dy is None else dy * grad, None, None, None
+        with torch.autocast(grad.device.type, enabled=False):
+            dx, dy = ctx.engine.gradients(*ctx.saved_tensors, need_y=ctx.needs_input_grad[1])
+            dx, dy = (None if d is None else d[:, : ctx.channels] * grad for d in (dx, dy))
+        return dx, dy, None, None, None
 
 
 def _resolve(backend: str, x: Tensor, columns: int) -> str:

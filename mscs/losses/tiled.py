@@ -30,6 +30,10 @@ class TiledEngine:
         self.scale = 1 / temperature
         self.bounded = bounded
 
+    def pack(self, x: Tensor) -> Tensor:
+        """Return the rows ready for the methods below."""
+        return x.contiguous()
+
     def statistics(
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
