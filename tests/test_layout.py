@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"errors", "seeding", "params", "distributed", "metrics", "results", "provenance"},
+    {"errors", "seeding", "distributed", "metrics", "results", "provenance"},
     {"datasets", "transforms", "models", "losses", "optim"},
-    {"loader", "checkpoint", "inference"},
+    {"params", "loader", "checkpoint", "inference"},
     {"engine"},
     {"evaluation"},
     {"cli"},

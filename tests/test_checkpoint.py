@@ -1,0 +1,79 @@
+import torch
+import pytest
+
+from mscs.checkpoint import KEPT, load_checkpoint, lock, read_weights, save_checkpoint, save_weights
+from mscs.errors import MscsError, UsageError
+from mscs.results import write_json, write_text
+
+
+def test_the_last_two_are_kept_and_the_newest_comes_back(tmp_path):
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, {"weight": torch.tensor([float(step)])}, {"lr": 0.1})
+    assert [p.name for p in sorted(tmp_path.glob("*.pt"))] == ["step-00000020.pt", "step-00000030.pt"]
+    assert len(list(tmp_path.glob("*.json"))) == KEPT
+    step, state = load_checkpoint(tmp_path, {"lr": 0.1})
+    assert step == 30
+    assert state["weight"].item() == 30
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "no json"])
+def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path, damage):
+    for step in (10, 20):
+        save_checkpoint(tmp_path, step, {"weight": torch.arange(100.0)}, {})
+    newest = tmp_path / "step-00000020.pt"
+    content = bytearray(newest.read_bytes())
+    if damage == "cut":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[-50] ^= 1
+        newest.write_bytes(content)
+    else:
+        newest.with_suffix(".json").unlink()
+    with pytest.warns(UserWarning, match="damaged"):
+        step, _ = load_checkpoint(tmp_path, {})
+    assert step == 10
+
+
+def test_other_settings_are_refused_with_the_differing_keys(tmp_path):
+    save_checkpoint(tmp_path, 5, {}, {"lr": 0.1, "steps": 40})
+    with pytest.raises(UsageError, match=r"lr: 0\.1 -> 0\.2"):
+        load_checkpoint(tmp_path, {"lr": 0.2, "steps": 40})
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
+    assert load_checkpoint(tmp_path, {}) is None
+
+
+def test_a_second_trainer_is_refused(tmp_path):
+    with lock(tmp_path), pytest.raises(UsageError, match="another process"), lock(tmp_path):
+        pass
+
+
+def test_weights_come_back_with_their_header(tmp_path):
+    save_weights(tmp_path / "w.safetensors", {"a": torch.ones(2, 3).t()}, {"run": "x"})
+    tensors, info = read_weights(tmp_path / "w.safetensors")
+    assert torch.equal(tensors["a"], torch.ones(3, 2))
+    assert info == {"run": "x"}
+    with pytest.raises(UsageError, match="train the run first"):
+        read_weights(tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(MscsError, match="cannot be read"):
+        read_weights(tmp_path / "bad.safetensors")
+
+
+def test_writing_into_an_impossible_place_leaves_what_was_there(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(MscsError, match="cannot write"):
+        write_json(tmp_path / "file" / "below.json", {})
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path):
+    from mscs.results import atomic_path
+
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
