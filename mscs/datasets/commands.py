@@ -118,9 +118,12 @@ def _verify(args: argparse.Namespace) -> int:
     root = _root(args)
     report = verify(args.dataset, root, workers=args.workers)
     report.raise_problems()
-    counts = ", ".join(f"{split} {count}" for split, count in report.manifest["splits"].items())
-    print(f"{root}: sound ({counts}), digest {report.manifest['digest']}")
+    print(f"{root}: sound ({_counts(report.manifest['splits'])}), digest {report.manifest['digest']}")
     return 0
+
+
+def _counts(splits: dict[str, int]) -> str:
+    return ", ".join(f"{split} {count}" for split, count in splits.items())
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -131,7 +134,7 @@ def _info(args: argparse.Namespace) -> int:
     tasks = (1, 2, 3) if args.dataset == "cadis" else (None,)
     labels = label_set(args.dataset)
     print(f"{args.dataset}: {source.home} ({source.licence})")
-    print("  images: " + ", ".join(f"{split} {count}" for split, count in labels.split_counts.items()))
+    print(f"  images: {_counts(labels.split_counts)}")
     for task in tasks:
         chosen = label_set(args.dataset, task)
         print(
@@ -145,7 +148,7 @@ def _info(args: argparse.Namespace) -> int:
     else:
         found = read_json(manifest)
         kind = "generated scenes" if found["generated"] else "verified"
-        print(f"  {root}: {kind}, {found['splits']}, digest {found['digest']}")
+        print(f"  {root}: {kind}, {_counts(found['splits'])}, digest {found['digest']}")
         print(f"  cache of decoded images: {'yes' if (root / 'decoded/index.json').is_file() else 'no'}")
     return 0
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mscs.datasets.archive import extract, is_archive, move_into
 from mscs.datasets.download import Retry, download
-from mscs.datasets.labels import check_dataset
+from mscs.datasets.labels import GENERATED, check_dataset
 from mscs.errors import MscsError, UsageError
 
 DOWNLOADS = ".downloads"
@@ -111,6 +111,8 @@ def fetch(
         MscsError: download or archive failed.
     """
     check_dataset(name)
+    if (root / GENERATED).exists():
+        raise UsageError(f"{root} holds generated scenes. Remove that folder, or choose another with --root")
     root.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(root / STAGING, ignore_errors=True)
     missing = [part for part in SOURCES[name].parts if not _present(root, part)]

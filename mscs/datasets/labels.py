@@ -16,6 +16,7 @@ from mscs.errors import UsageError, unknown_name
 IGNORE_INDEX = 255
 DATASETS = ("cityscapes", "ade20k", "pascal_context", "cadis")
 DEFAULT_CADIS_TASK = 3
+GENERATED = "generated.json"  # marks the root folder of a generated dataset and records how it was made
 
 Color = tuple[int, int, int]
 

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from mscs.datasets.base import MANIFEST, Dataset, Entry, check_sizes, decode_image, decode_label, read_bytes
 from mscs.datasets.build import build_dataset
-from mscs.datasets.labels import label_set
-from mscs.datasets.synth import MARKER
+from mscs.datasets.labels import GENERATED, label_set
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_json, write_json
 
@@ -69,7 +68,7 @@ def verify(
     Raises:
         UsageError: unknown dataset, or nothing of it in `root`.
     """
-    marker = root / MARKER
+    marker = root / GENERATED
     generated = read_json(marker) if marker.is_file() else None
     expected = (
         {split: generated[split] for split in ("train", "val")} if generated else label_set(name).split_counts
