@@ -62,26 +62,31 @@ TEXTURES: dict[str, Callable[[Shape, Shape], Shape]] = {
 MATERIALS: dict[str, tuple[Range, Range, Range, str, float, float]] = {
     "sky": ((0.50, 0.66), (0.02, 0.50), (0.50, 0.98), "plain", 1.0, 0.0),
     "dusk": ((0.02, 0.12), (0.05, 0.40), (0.60, 0.95), "plain", 1.0, 0.0),
-    "road": ((0.00, 1.00), (0.00, 0.16), (0.26, 0.62), "noise", 0.3, 0.08),
-    "sidewalk": ((0.00, 1.00), (0.00, 0.20), (0.35, 0.75), "tiles", 0.8, 0.5),
-    "building": ((0.00, 1.00), (0.02, 0.45), (0.30, 0.90), "bands", 0.5, 0.07),
+    "road": ((0.00, 1.00), (0.00, 0.16), (0.26, 0.58), "noise", 0.3, 0.08),
+    "sidewalk": ((0.00, 1.00), (0.00, 0.20), (0.38, 0.78), "tiles", 0.8, 0.50),
+    "building": ((0.00, 1.00), (0.02, 0.45), (0.30, 0.90), "bands", 0.5, 0.08),
     "wall": ((0.00, 1.00), (0.02, 0.40), (0.30, 0.75), "bricks", 0.5, 0.55),
-    "fence": ((0.00, 1.00), (0.02, 0.50), (0.30, 0.80), "plain", 1.0, 0.0),
+    "fence": ((0.00, 1.00), (0.02, 0.50), (0.30, 0.85), "plain", 1.0, 0.0),
     "leaves": ((0.07, 0.42), (0.20, 0.65), (0.22, 0.62), "noise", 0.7, 0.42),
-    "grass": ((0.07, 0.40), (0.15, 0.60), (0.28, 0.68), "stripes", 0.22, 0.22),
+    "grass": ((0.07, 0.40), (0.15, 0.60), (0.28, 0.68), "stripes", 0.35, 0.20),
     "paint": ((0.00, 1.00), (0.05, 0.75), (0.22, 0.85), "plain", 1.0, 0.0),
-    "cloth": ((0.00, 1.00), (0.05, 0.65), (0.18, 0.75), "noise", 0.15, 0.12),
+    "cloth": ((0.00, 1.00), (0.05, 0.65), (0.18, 0.75), "plain", 1.0, 0.0),
     "metal": ((0.00, 1.00), (0.00, 0.12), (0.25, 0.70), "plain", 1.0, 0.0),
-    "skin": ((0.03, 0.09), (0.25, 0.55), (0.35, 0.90), "plain", 1.0, 0.0),
-    "plaster": ((0.00, 1.00), (0.02, 0.35), (0.40, 0.92), "stripes", 0.3, 0.05),
-    "planks": ((0.00, 1.00), (0.05, 0.50), (0.28, 0.75), "bricks", 0.22, 0.35),
-    "ceiling": ((0.00, 1.00), (0.00, 0.20), (0.55, 0.95), "plain", 1.0, 0.0),
-    "drape": ((0.00, 1.00), (0.05, 0.60), (0.30, 0.85), "folds", 0.16, 0.30),
-    "carpet": ((0.00, 1.00), (0.10, 0.60), (0.25, 0.75), "checker", 0.25, 0.30),
-    "water": ((0.00, 1.00), (0.05, 0.40), (0.30, 0.80), "ripples", 0.9, 0.22),
-    "rock": ((0.00, 1.00), (0.02, 0.35), (0.30, 0.75), "noise", 18.0, 0.30),
-    "earth": ((0.00, 1.00), (0.05, 0.45), (0.30, 0.75), "noise", 0.25, 0.14),
     "glass": ((0.50, 0.66), (0.05, 0.30), (0.15, 0.45), "plain", 1.0, 0.0),
+    "skin": ((0.03, 0.09), (0.25, 0.55), (0.35, 0.90), "noise", 0.06, 0.12),
+    "paper": ((0.00, 1.00), (0.02, 0.35), (0.35, 0.85), "stripes", 0.3, 0.10),
+    "planks": ((0.02, 0.14), (0.10, 0.60), (0.28, 0.70), "bricks", 0.25, 0.40),
+    "ceiling": ((0.00, 1.00), (0.00, 0.15), (0.65, 0.98), "plain", 1.0, 0.0),
+    "drape": ((0.00, 1.00), (0.05, 0.60), (0.30, 0.85), "folds", 0.16, 0.40),
+    "carpet": ((0.00, 1.00), (0.10, 0.60), (0.25, 0.75), "checker", 0.3, 0.35),
+    "fabric": ((0.00, 1.00), (0.05, 0.65), (0.22, 0.75), "noise", 0.25, 0.22),
+    "coat": ((0.02, 0.14), (0.05, 0.55), (0.18, 0.80), "noise", 0.5, 0.30),
+    "water": ((0.45, 0.66), (0.05, 0.50), (0.30, 0.80), "ripples", 1.2, 0.25),
+    "rock": ((0.00, 1.00), (0.02, 0.35), (0.30, 0.75), "noise", 18.0, 0.30),
+    "earth": ((0.02, 0.14), (0.05, 0.50), (0.30, 0.75), "noise", 0.3, 0.20),
+    "sclera": ((0.02, 0.12), (0.05, 0.28), (0.55, 0.95), "plain", 1.0, 0.0),
+    "pupil": ((0.00, 1.00), (0.10, 0.60), (0.06, 0.40), "plain", 1.0, 0.0),
+    "glove": ((0.10, 0.60), (0.02, 0.25), (0.50, 0.95), "plain", 1.0, 0.0),
 }
 DARK = Surface((28, 28, 32))
 LIGHT = Surface((235, 232, 222))
@@ -125,7 +130,9 @@ class Canvas:
         self.image = np.zeros((height * OVERSAMPLE, width * OVERSAMPLE, 3), dtype=np.float32)
         self.label = np.full(self.image.shape[:2], unlabelled, dtype=np.uint8)
         self._unit = height * OVERSAMPLE
-        noise = cv2.GaussianBlur(rng.normal(size=(256, 256)), (0, 0), 2.5)
+        # Blurred with a margin that continues on the other side, so that the tile repeats without seams.
+        noise = np.pad(rng.normal(size=(256, 256)), 16, mode="wrap")
+        noise = cv2.GaussianBlur(noise, (0, 0), 2.5)[16:-16, 16:-16]
         self._noise = np.clip(noise / noise.std(), -1.6, 1.6)
         self._view = np.eye(3)
         self._camera = np.eye(3)
@@ -212,7 +219,7 @@ class Canvas:
         u, v, w = np.linalg.inv(self._view) @ pixels
         u, v = u / (w * surface.period), v / (w * surface.period)
         if surface.texture == "noise":
-            wave = self._noise[(8 * v).astype(int) % 256, (8 * u).astype(int) % 256]
+            wave = self._noise[np.floor(8 * v).astype(int) % 256, np.floor(8 * u).astype(int) % 256]
         else:
             wave = TEXTURES[surface.texture](u, v)
         return (surface.contrast * wave).astype(np.float32)
@@ -411,7 +418,7 @@ def post(c: Canvas) -> None:
             box(0.8, height, 1.4, height + 0.14),
         )
     elif kind == "light":
-        c.paint("traffic light", DARK, box(-0.24, height - 0.95, 0.24, height + 0.2))
+        c.paint("traffic light", c.material("metal").lit(0.6), box(-0.24, height - 0.95, 0.24, height + 0.2))
         glow = c.rng.integers(3)
         for i, color in enumerate([(60, 220, 120), (250, 190, 60), (240, 60, 50)]):
             lamp = Surface(color).lit(1.0 if i == glow else 0.35)
@@ -499,9 +506,9 @@ def street(c: Canvas, quiet: tuple[str, ...] = ()) -> None:
         else:
             tree(c.front(x + 4, 50), "vegetation", c.between(6, 10))
     ground, road, kerb = c.floor(), c.between(2.8, 3.8), c.between(2.8, 4.2)
-    ground.paint("terrain", c.material("grass"), box(-60, 2.0, 60, 60))
-    ground.paint("sidewalk", c.material("sidewalk"), box(-road - kerb, 2.0, road + kerb, 60))
-    ground.paint("road", c.material("road"), box(-road, 2.0, road, 60))
+    ground.paint("terrain", c.material("grass"), box(-90, 2.0, 90, 160))
+    ground.paint("sidewalk", c.material("sidewalk"), box(-road - kerb, 2.0, road + kerb, 160))
+    ground.paint("road", c.material("road"), box(-road, 2.0, road, 160))
     ground.paint(None, LIGHT, *(box(-0.08, z, 0.08, z + 2) for z in np.arange(2.0, 56, 4.5)), opacity=0.8)
     ground.paint(
         None, LIGHT.lit(0.8), box(-road, 2, -road + 0.12, 60), box(road - 0.12, 2, road, 60), opacity=0.7
@@ -510,6 +517,21 @@ def street(c: Canvas, quiet: tuple[str, ...] = ()) -> None:
     for sign in (-1, 1):
         _roadside(c, road + kerb + verge, sign)
     _traffic(c, road, kerb, quiet)
+
+
+Crowd = list[tuple[Callable[[float], None], int, int, float, float]]
+"""What may stand in a scene: (draw at distance z, at least, fewer than, nearest, farthest)."""
+
+
+def _populate(c: Canvas, crowd: Crowd) -> None:
+    """Draw random numbers of things at random distances, the farthest first."""
+    things = [
+        (c.between(near, far), draw)
+        for draw, least, below, near, far in crowd
+        for _ in range(c.rng.integers(least, below))
+    ]
+    for z, draw in sorted(things, key=lambda thing: -thing[0]):
+        draw(z)
 
 
 def _traffic(c: Canvas, road: float, kerb: float, quiet: tuple[str, ...]) -> None:
@@ -548,8 +570,7 @@ def _traffic(c: Canvas, road: float, kerb: float, quiet: tuple[str, ...]) -> Non
     def standing(z: float) -> None:
         post(c.front(either_side(road + 0.3, road + 0.8), z))
 
-    # (at least, below, nearest, farthest)
-    crowd = [
+    crowd: Crowd = [
         (car, 3, 6, 5, 20),
         (large, 0, 3, 8, 17),
         (person, 3, 7, 4, 13),
@@ -558,14 +579,7 @@ def _traffic(c: Canvas, road: float, kerb: float, quiet: tuple[str, ...]) -> Non
         (standing, 3, 7, 4, 14),
         (planted, 0, 3, 9, 25),
     ]
-    things = [
-        (c.between(near, far), draw)
-        for draw, least, below, near, far in crowd
-        if draw.__name__ not in quiet
-        for _ in range(c.rng.integers(least, below))
-    ]
-    for z, draw in sorted(things, key=lambda thing: -thing[0]):
-        draw(z)
+    _populate(c, [entry for entry in crowd if entry[0].__name__ not in quiet])
 
 
 FURNITURE: dict[str, list[tuple[float, float, float, float, float, float]]] = {
@@ -583,7 +597,7 @@ FURNITURE: dict[str, list[tuple[float, float, float, float, float, float]]] = {
 
 def furniture(c: Canvas, name: str, x: float, z: float) -> None:
     """Paint a piece of furniture; all share their fabrics and differ in outline."""
-    surface = c.material("cloth")
+    surface = c.material("fabric")
     shade(c, x, z + 0.4, 0.9 if name in ("bed", "sofa", "table") else 0.5, 0.6)
     for dx, dz, width, height, depth, base in FURNITURE[name]:
         front, _ = block(c, name, surface, x + dx, z + dz, (width, height, depth), base)
@@ -601,35 +615,18 @@ def furniture(c: Canvas, name: str, x: float, z: float) -> None:
         )
 
 
-def lamp(c: Canvas) -> None:
-    """Paint a standing lamp."""
-    c.paint("lamp", c.material("metal"), stroke([(0, 0), (0, 1.4)], 0.06), disc(0, 0.03, 0.18, 0.05))
-    c.paint("lamp", LIGHT, np.array([(-0.28, 1.3), (0.28, 1.3), (0.16, 1.75), (-0.16, 1.75)]))
-
-
-def potted_plant(c: Canvas) -> None:
-    """Paint a plant in a pot."""
-    c.paint("plant", c.material("paint"), np.array([(-0.15, 0), (0.15, 0), (0.22, 0.35), (-0.22, 0.35)]))
-    leaves = replace(c.material("leaves"), period=0.2)
-    for turn in np.linspace(-1.1, 1.1, 7):
-        tip = (0.75 * np.sin(turn), 0.35 + 0.85 * np.cos(turn))
-        c.paint("plant", leaves.lit(c.between(0.8, 1.2)), stroke([(0, 0.3), tip], 0.3, 0.02))
-
-
 # body length, body height, leg length, neck length, neck lift (turn fraction)
-ANIMALS: dict[str, tuple[float, float, float, float, float]] = {
+ANIMALS = {
     "cow": (1.9, 0.85, 0.6, 0.5, 0.03),
-    "horse": (1.7, 0.65, 0.95, 0.9, 0.14),
+    "horse": (1.7, 0.65, 0.95, 0.6, 0.13),
     "sheep": (1.2, 0.75, 0.35, 0.25, 0.08),
-    "dog": (0.75, 0.3, 0.35, 0.25, 0.12),
-    "cat": (0.5, 0.24, 0.18, 0.14, 0.10),
 }
 
 
 def animal(c: Canvas, name: str) -> None:
     """Paint a four-legged animal from the side; all share their coats and differ in proportions."""
     length, height, leg, neck, lift = ANIMALS[name]
-    coat, y, half = c.material("cloth"), leg + height / 2, length / 2
+    coat, y, half = c.material("coat"), leg + height / 2, length / 2
     root = (0.85 * half, y + 0.2 * height)
     nape = (root[0] + neck * np.cos(2 * np.pi * lift), root[1] + neck * np.sin(2 * np.pi * lift))
     nose = (nape[0] + 0.35 * height, nape[1] - 0.15 * height)
@@ -643,93 +640,60 @@ def animal(c: Canvas, name: str) -> None:
 
 
 def _hang(c: Canvas, left: float, right: float) -> None:
-    """Paint what a wall carries between two positions: a curtained window, a door, pictures or a screen."""
-    middle, kind = (
-        (left + right) / 2,
-        c.rng.choice(["window", "door", "painting", "screen"], p=[0.4, 0.2, 0.25, 0.15]),
-    )
+    """Paint what a wall carries between two positions: a curtained window, a door or a painting."""
+    c = c.local((left + right) / 2, 0)
+    kind = c.rng.choice(["window", "door", "painting"], p=[0.5, 0.2, 0.3])
     if kind == "window":
-        c.paint(None, LIGHT, box(middle - 0.72, 0.85, middle + 0.72, 2.2))
-        c.paint("window", c.material("sky"), box(middle - 0.65, 0.92, middle + 0.65, 2.13))
-        c.paint(
-            "window",
-            LIGHT,
-            box(middle - 0.03, 0.92, middle + 0.03, 2.13),
-            box(middle - 0.65, 1.5, middle + 0.65, 1.55),
-        )
+        c.paint("window", LIGHT, box(-0.72, 0.75, 0.72, 2.2))
+        panes = [box(x, y, x + 0.62, y + 0.62) for x in (-0.66, 0.04) for y in (0.82, 1.5)]
+        c.paint(None, c.material("sky"), *panes)
         drape, spread = c.material("drape"), c.between(0.4, 0.6)
-        for x in (middle - 0.95, middle + 0.95 - spread):
-            c.paint("curtain", drape, box(x, 0.1, x + spread, 2.35))
+        c.paint("curtain", drape, *(box(x, 0.1, x + spread, 2.35) for x in (-0.95, 0.95 - spread)))
     elif kind == "door":
-        surface = c.material("cloth")
-        c.paint("door", surface, box(middle - 0.5, 0, middle + 0.5, 2.1))
-        c.paint(
-            None, SHADOW, *(box(middle - 0.36, y, middle + 0.36, y + 0.8) for y in (0.2, 1.15)), opacity=0.25
-        )
-        c.paint(None, LIGHT, disc(middle + 0.4, 1.05, 0.05))
+        c.paint("door", c.material("cloth"), box(-0.5, 0, 0.5, 2.1))
+        c.paint(None, SHADOW, *(box(-0.36, y, 0.36, y + 0.8) for y in (0.2, 1.15)), opacity=0.25)
+        c.paint(None, LIGHT, disc(0.4, 1.05, 0.05))
     else:
-        name = "painting" if kind == "painting" else "screen"
-        rim, inside = (0.07, c.material("carpet")) if kind == "painting" else (0.05, c.material("glass"))
-        c.paint(
-            name,
-            DARK if kind == "screen" else c.material("cloth"),
-            box(middle - 0.55, 1.15, middle + 0.55, 1.95),
-        )
-        c.paint(name, inside, box(middle - 0.55 + rim, 1.15 + rim, middle + 0.55 - rim, 1.95 - rim))
+        c.paint("painting", c.material("cloth"), box(-0.6, 1.05, 0.6, 2.0))
+        c.paint(None, c.material("carpet"), box(-0.52, 1.13, 0.52, 1.92))
 
 
-def room(c: Canvas, pets: bool = False) -> None:
+def room(c: Canvas) -> None:
     """Paint a furnished room, seen from one end."""
-    half, depth, height = c.between(1.9, 2.6), c.between(4.2, 5.6), c.between(2.5, 2.8)
-    c.look((c.aspect / 2 + c.between(-0.15, 0.15), c.between(0.36, 0.48)), 0.95, c.between(1.4, 1.7))
+    half, depth, height = c.between(1.7, 2.3), c.between(3.6, 4.6), c.between(2.4, 2.7)
+    c.look((c.aspect / 2 + c.between(-0.12, 0.12), c.between(0.36, 0.46)), 0.95, c.between(1.4, 1.7))
     c.floor(height).paint("ceiling", c.material("ceiling"), box(-half, 0.5, half, depth))
     c.floor().paint("floor", c.material("planks"), box(-half, 0.5, half, depth))
-    paper = c.material("plaster")
+    paper = c.material("paper")
     walls = [c.front(0, depth), c.side(-half, 0), c.side(half, 0)]
-    for wall, light, span in zip(
-        walls, (1.0, 0.8, 0.88), ((-half, half), (0.5, depth), (0.5, depth)), strict=True
-    ):
-        wall.paint("wall", paper.lit(light), box(span[0], 0, span[1], height))
-        wall.paint(None, LIGHT, box(span[0], 0, span[1], 0.1), opacity=0.7)
-    _hang(walls[0], -half, 0)
+    for wall, light, start in zip(walls, (1.0, 0.8, 0.88), (-half, 0.5, 0.5), strict=True):
+        end = depth if start > 0 else half
+        wall.paint("wall", paper.lit(light), box(start, 0, end, height))
+        wall.paint(None, LIGHT, box(start, 0, end, 0.1), opacity=0.7)
+        _hang(wall, max(start, end - 2.2), end if start > 0 else 0)
     _hang(walls[0], 0, half)
-    for wall in walls[1:]:
-        _hang(wall, depth - 2.2, depth - 0.2)
-    if c.chance(0.4):
-        c.floor().paint("rug", c.material("carpet"), box(-0.6 * half, depth - 3, 0.6 * half, depth - 1))
-    things: list[tuple[float, Callable[[float], None]]] = []
-    main = str(c.rng.choice(["bed", "sofa", "table"]))
-    x = c.between(-0.45, 0.45) * half
-    things.append(
-        (depth - (2.2 if main == "bed" else c.between(1.1, 2.2)), lambda z: furniture(c, main, x, z))
-    )
+    if c.chance(0.6):
+        c.floor().paint("rug", c.material("carpet"), box(-0.7 * half, depth - 2.9, 0.7 * half, depth - 0.8))
+
+    def main(z: float) -> None:
+        name = str(c.rng.choice(["bed", "sofa", "table"]))
+        furniture(c, name, c.between(-0.35, 0.35) * half, depth - 2.1 if name == "bed" else z)
 
     def corner(z: float) -> None:
-        kind = str(c.rng.choice(["lamp", "plant", "cabinet", "chair"]))
-        place = c.between(0.65, 0.85) * half * (1 if c.chance(0.5) else -1)
-        if kind in FURNITURE:
-            furniture(c, kind, place, z)
-        else:
-            shade(c, place, z, 0.3, 0.15)
-            {"lamp": lamp, "plant": potted_plant}[kind](c.front(place, z))
+        x = c.between(0.65, 0.85) * half * (1 if c.chance(0.5) else -1)
+        furniture(c, "cabinet" if c.chance(0.5) else "chair", x, z)
 
-    def being(z: float) -> None:
-        view = c.front(c.between(-0.8, 0.8) * half, z)
-        if pets and c.chance(0.7):
-            animal(
-                view.local(0, 0, c.between(1.0, 1.5) * (-1 if c.chance(0.5) else 1)),
-                "cat" if c.chance(0.5) else "dog",
-            )
-        else:
-            figure(view, "person")
+    def person(z: float) -> None:
+        figure(c.front(c.between(-0.8, 0.8) * half, z), "person")
 
-    things += [(c.between(depth - 2.6, depth - 0.6), corner) for _ in range(c.rng.integers(1, 4))]
-    things += [(c.between(depth - 2.8, depth - 1.5), being) for _ in range(c.rng.integers(0, 2))]
-    things += [(c.between(2.2, 2.8), lambda z: furniture(c, "chair", c.between(-0.8, 0.8) * half, z))] * int(
-        c.chance(0.4)
+    _populate(
+        c,
+        [
+            (main, 1, 2, depth - 2.2, depth - 1.2),
+            (corner, 1, 3, depth - 2.0, depth - 0.6),
+            (person, 0, 2, depth - 1.8, depth - 1.0),
+        ],
     )
-    for z, draw in sorted(things, key=lambda thing: -thing[0]):
-        draw(z)
 
 
 def landscape(c: Canvas, animals: tuple[str, ...] = ()) -> None:
@@ -745,7 +709,7 @@ def landscape(c: Canvas, animals: tuple[str, ...] = ()) -> None:
         outline = np.concatenate([np.stack([x, crest], axis=1), [(110, -2), (-110, -2)]])
         far.paint("mountain", c.material("rock"), outline)
     ground = c.floor()
-    ground.paint("grass", c.material("grass"), box(-90, 1.5, 90, 121))
+    ground.paint("terrain", c.material("grass"), box(-90, 1.5, 90, 121))
     if c.chance(0.55):
         shore = c.between(5, 9)
         ground.paint("water", c.material("water"), box(-90, shore, 90, c.between(30, 121)))
@@ -768,16 +732,11 @@ def landscape(c: Canvas, animals: tuple[str, ...] = ()) -> None:
     def walking(z: float) -> None:
         figure(c.front(c.between(-0.4, 0.4) * c.aspect * z, z), "person")
 
-    crowd = [(planted, 2, 7, 7, 28), (walking, 0, 2, 4, 9)] + [(grazing, 1, 4, 3.5, 8)] * bool(animals)
-    things = [
-        (c.between(near, far_end), draw)
-        for draw, least, below, near, far_end in crowd
-        for _ in range(c.rng.integers(least, below))
-    ]
-    if c.chance(0.4):
-        things.append((c.between(7, 12), lambda z: fence(c.front(-30, z), 60, 1.2)))
-    for z, draw in sorted(things, key=lambda thing: -thing[0]):
-        draw(z)
+    def fenced(z: float) -> None:
+        fence(c.front(-30, z), 60, 1.2)
+
+    herd = [(grazing, 2, 5, 3.5, 7)] if animals else []
+    _populate(c, [(planted, 2, 7, 6, 24), (walking, 0, 2, 4, 8), (fenced, 0, 2, 7, 12), *herd])
 
 
 @dataclass(frozen=True)
@@ -794,18 +753,18 @@ class Tool:
 
 
 TOOLS = {
-    "Hydrodissection Cannula": Tool("straight", 0.020, 2, "Hydrodissection Cannula Handle", "plain", 0.45),
-    "Viscoelastic Cannula": Tool("bent", 0.020, 2),
-    "Capsulorhexis Cystotome": Tool("hook", 0.020, 2, "Capsulorhexis Cystotome Handle", "plain", 0.40),
-    "Rycroft Cannula": Tool("bent", 0.020, 2, "Rycroft Cannula Handle", "bands", 0.35),
-    "Bonn Forceps": Tool("prongs", 0.055, 4),
-    "Primary Knife": Tool("diamond", 0.030, 2, "Primary Knife Handle", "bands", 0.30),
-    "Phacoemulsifier Handpiece": Tool("tube", 0.050, 5, "Phacoemulsifier Handpiece Handle", "knurl", 0.35),
-    "Lens Injector": Tool("tube", 0.080, 3, "Lens Injector Handle", "plain", 0.45),
-    "I/A Handpiece": Tool("tube", 0.042, 5, "I/A Handpiece Handle", "stripes", 0.35),
-    "Secondary Knife": Tool("blade", 0.030, 2, "Secondary Knife Handle", "bands", 0.30),
-    "Micromanipulator": Tool("hook", 0.024, 5),
-    "Capsulorhexis Forceps": Tool("prongs", 0.030, 3),
+    "Hydrodissection Cannula": Tool("straight", 0.030, 2, "Hydrodissection Cannula Handle", "plain", 0.45),
+    "Viscoelastic Cannula": Tool("bent", 0.032, 2),
+    "Capsulorhexis Cystotome": Tool("hook", 0.030, 2, "Capsulorhexis Cystotome Handle", "plain", 0.40),
+    "Rycroft Cannula": Tool("bent", 0.032, 2, "Rycroft Cannula Handle", "bands", 0.35),
+    "Bonn Forceps": Tool("prongs", 0.080, 4),
+    "Primary Knife": Tool("diamond", 0.045, 2, "Primary Knife Handle", "bands", 0.30),
+    "Phacoemulsifier Handpiece": Tool("tube", 0.075, 5, "Phacoemulsifier Handpiece Handle", "knurl", 0.35),
+    "Lens Injector": Tool("tube", 0.100, 3, "Lens Injector Handle", "plain", 0.45),
+    "I/A Handpiece": Tool("tube", 0.060, 5, "I/A Handpiece Handle", "stripes", 0.35),
+    "Secondary Knife": Tool("blade", 0.045, 2, "Secondary Knife Handle", "bands", 0.30),
+    "Micromanipulator": Tool("hook", 0.040, 5),
+    "Capsulorhexis Forceps": Tool("prongs", 0.045, 3),
 }
 
 
@@ -829,8 +788,8 @@ def instrument(c: Canvas, name: str, opacity: float) -> None:
     c.paint(name, metal, *tips[tool.tip], stroke([(start, 0), (end, 0)], w), opacity=opacity)
     c.paint(None, LIGHT, box(start, 0.1 * w, end, 0.3 * w), opacity=0.6 * opacity)
     if tool.handle:
-        surface = replace(c.material("metal"), texture=tool.grip, period=0.045, contrast=0.35)
-        thick = 0.06 + 1.1 * w
+        surface = replace(c.material("metal"), texture=tool.grip, period=0.07, contrast=0.45)
+        thick = 0.09 + 1.1 * w
         c.paint(
             tool.handle,
             surface,
@@ -844,7 +803,7 @@ def surgery(c: Canvas) -> None:
     """Paint an eye under the operating microscope: skin, drape, retractors, eye, one to three instruments."""
     x, y = c.aspect / 2 + c.between(-0.15, 0.15), 0.5 + c.between(-0.06, 0.06)
     frame, wide = box(0, 0, c.aspect, 1), c.between(0.62, 0.78)
-    c.paint("Skin", replace(c.material("skin"), texture="noise", period=0.06, contrast=0.1), frame)
+    c.paint("Skin", c.material("skin"), frame)
     drape = c.material("drape")
     for corner in range(4):
         if c.chance(0.55):
@@ -852,7 +811,7 @@ def surgery(c: Canvas) -> None:
             c.local(x, y, 1.0, turn).paint("Surgical Tape", drape, box(c.between(0.62, 0.78), -1.2, 1.6, 1.2))
     c.paint(
         "Cornea",
-        replace(c.material("skin").lit(1.15), texture="folds", period=0.3, contrast=0.06),
+        c.material("sclera"),
         disc(x, y, wide, 0.4),
     )
     for _ in range(14):
@@ -866,21 +825,21 @@ def surgery(c: Canvas) -> None:
     for turn in np.linspace(0, 2 * np.pi, 90):
         spoke = [(x + r * np.cos(turn), y + r * np.sin(turn)) for r in (hole, ring - 0.02)]
         c.paint(None, colour.lit(c.between(0.5, 1.6)), stroke(spoke, 0.008, 0.012), opacity=0.6)
-    reflex = c.material("cloth").lit(c.between(0.4, 1.0))
+    reflex = c.material("pupil")
     c.paint("Pupil", reflex, disc(x, y, hole))
     c.paint(None, reflex.lit(1.35), disc(x, y, 0.7 * hole), opacity=0.5)
     wire = c.material("metal").lit(1.2)
     for sign in (-1, 1):
         arc = disc(x, y, 0.96 * wide, 0.42, (0.08 + 0.25 * (1 - sign), 0.42 + 0.25 * (1 - sign)))
-        c.paint("Eye Retractors", wire, stroke(arc, 0.035))
-        c.paint("Eye Retractors", wire, stroke([arc[24], arc[24] + (0.1, sign * 0.3)], 0.03))
+        c.paint("Eye Retractors", wire, stroke(arc, 0.05))
+        c.paint("Eye Retractors", wire, stroke([arc[24], arc[24] + (0.1, sign * 0.3)], 0.04))
     if c.chance(0.3):
-        glove, edge = c.material("cloth"), c.chance(0.5)
-        palm = c.local(0.0 if edge else c.aspect, c.between(0.7, 1.0), 1.0 if edge else -1.0)
-        fingers = [
-            stroke([(-0.1, d), (0.34 - abs(d), 0.6 * d - 0.06)], 0.17, 0.1) for d in (-0.14, 0.0, 0.14)
-        ]
-        palm.paint("Hand", glove, *fingers, disc(-0.02, 0.05, 0.26))
+        left, glove = c.chance(0.5), c.material("glove")
+        palm = c.local(0.0 if left else c.aspect, c.between(0.65, 0.95), 1.0 if left else -1.0)
+        palm.paint("Hand", glove, disc(-0.05, 0.1, 0.3, 0.24))
+        for lift in (0.16, 0.0, -0.16):
+            knuckles = [(0.1, 0.1 + 0.5 * lift), (0.26, 0.04 + 0.8 * lift), (0.4 - abs(lift), 0.08 + lift)]
+            palm.paint("Hand", glove.lit(1 + lift), stroke(knuckles, 0.12, 0.09), disc(*knuckles[-1], 0.045))
     weights = np.array([tool.weight for tool in TOOLS.values()])
     names = c.rng.choice(list(TOOLS), size=c.rng.integers(1, 4), replace=False, p=weights / weights.sum())
     first = c.between(0, 2 * np.pi)
