@@ -1,0 +1,148 @@
+"""Generated datasets: the real layout, reproducible bytes, valid labels, an imbalance worth studying."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mscs.datasets import build_dataset, scenes, synth
+from mscs.datasets.labels import DATASETS, label_set
+from mscs.errors import UsageError
+
+# (images, labels) of the first training scene, and a size that keeps drawing cheap
+EXPECTED = {
+    "cityscapes": (
+        "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png",
+        "gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png",
+    ),
+    "ade20k": (
+        "ADEChallengeData2016/images/training/ADE_train_00000001.jpg",
+        "ADEChallengeData2016/annotations/training/ADE_train_00000001.png",
+    ),
+    "pascal_context": (
+        "VOCdevkit/VOC2010/JPEGImages/2008_000001.jpg",
+        "SegmentationClassContext59/2008_000001.png",
+    ),
+    "cadis": ("Video01/Images/Video1_frame000010.png", "Video01/Labels/Video1_frame000010.png"),
+}
+SIZE = (64, 96)
+
+
+def write(name: str, root: Path, **changes: int) -> Path:
+    arguments = {"train": 10, "val": 3} | changes
+    synth.write_dataset(name, root, image_size=SIZE, progress=False, **arguments)
+    return root
+
+
+def digest(root: Path) -> str:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    content = b"".join(str(path.relative_to(root)).encode() + path.read_bytes() for path in files)
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("generated")
+    return {name: write(name, base / name) for name in DATASETS}
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_layout_is_read_by_the_readers(name: str, trees: dict[str, Path]) -> None:
+    for file in EXPECTED[name]:
+        assert (trees[name] / file).is_file()
+    for split, count in (("train", 10), ("val", 3)):
+        dataset = build_dataset(name, split, trees[name])
+        assert len(dataset) == count
+        for i in range(count):
+            height, width = dataset[i].label.shape
+            assert 0.75 * SIZE[0] - 1 <= height <= SIZE[0]
+            assert 0.75 * SIZE[1] - 1 <= width <= SIZE[1]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_labels_are_valid_various_and_imbalanced(name: str, trees: dict[str, Path]) -> None:
+    dataset = build_dataset(name, "train", trees[name])
+    labels = np.concatenate([dataset[i].label.ravel() for i in range(len(dataset))])
+    counts = np.bincount(labels, minlength=256)
+    present = counts[: dataset.num_classes][counts[: dataset.num_classes] > 0]
+    assert counts[dataset.num_classes : 255].sum() == 0
+    assert counts[255] < 0.1 * counts.sum()
+    assert len(present) >= 14
+    assert present.max() > 20 * present.min()
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_raw_values_are_those_of_the_label_table(name: str) -> None:
+    known = label_set(name).known_raw_values() | {0}
+    for index in range(3):
+        _, label = synth.render(name, "val", index, image_size=SIZE)
+        assert set(np.unique(label).tolist()) <= known
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_bytes_depend_on_the_arguments_alone(name: str, tmp_path: Path) -> None:
+    first, again, other = (
+        digest(write(name, tmp_path / folder, train=2, val=1, seed=seed))
+        for folder, seed in (("first", 5), ("again", 5), ("other", 6))
+    )
+    assert first == again
+    assert first != other
+
+
+def test_a_scene_does_not_depend_on_how_many_are_drawn(tmp_path: Path) -> None:
+    few, many = write("cadis", tmp_path / "few", train=1), write("cadis", tmp_path / "many", train=3)
+    file = EXPECTED["cadis"][0]
+    assert (few / file).read_bytes() == (many / file).read_bytes()
+
+
+def test_a_finished_tree_is_kept_and_another_request_replaces_it(tmp_path: Path) -> None:
+    root = write("cityscapes", tmp_path / "set", train=2, val=1)
+    stamp = (root / synth.MARKER).stat().st_mtime_ns
+    write("cityscapes", root, train=2, val=1)
+    assert (root / synth.MARKER).stat().st_mtime_ns == stamp
+    write("cityscapes", root, train=1, val=1)
+    assert json.loads((root / synth.MARKER).read_text())["train"] == 1
+    assert len(build_dataset("cityscapes", "train", root)) == 1
+
+
+def test_a_failure_leaves_the_old_tree_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write("cadis", tmp_path / "set", train=1, val=1)
+    before = digest(root)
+
+    def broken(self: scenes.Canvas) -> None:
+        raise RuntimeError("light bulb")
+
+    monkeypatch.setattr(scenes.Canvas, "develop", broken)
+    with pytest.raises(RuntimeError, match="light bulb"):
+        write("cadis", root, train=2, val=1)
+    assert digest(root) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_real_data_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "photograph.png").write_bytes(b"precious")
+    with pytest.raises(UsageError, match="was not generated"):
+        write("cadis", tmp_path)
+    assert (tmp_path / "photograph.png").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("changes", [{"train": 0}, {"val": -1}])
+def test_impossible_numbers_are_refused(changes: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Accepted"):
+        write("cadis", tmp_path / "set", **changes)
+
+
+def test_texture_foreshortens_with_the_plane() -> None:
+    """A wall seen at an angle: its near end is taller in the picture than its far end."""
+    canvas = scenes.Canvas((64, 96), np.random.default_rng(0), {"wall": 3}, 0)
+    canvas.look((0.75, 0.5), 1.0, 1.5)
+    canvas.side(-2.0, 3.0).paint("wall", scenes.LIGHT, scenes.box(0, 0, 20, 3))
+    _, label = canvas.develop()
+    heights = (label == 3).sum(axis=0)
+    columns = np.flatnonzero(heights)
+    assert heights[columns[0]] > 3 * heights[columns[-1]]
+    assert np.all(np.diff(heights[columns]) <= 0)
