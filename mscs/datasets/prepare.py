@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from mscs.datasets.base import CACHE, MANIFEST, decode_image, decode_label, read_bytes
-from mscs.datasets.build import build_dataset
+from mscs.datasets.build import INDEXERS
 from mscs.datasets.download import require_space
 from mscs.datasets.labels import label_set
 from mscs.datasets.pascal_context import LABEL_FOLDER, MAT_FOLDER
@@ -157,7 +157,7 @@ def _files(name: str, root: Path) -> list[tuple[str, bool]]:
     """Return path and "is a label" of every file of the splits that are there."""
     files: dict[str, bool] = {}
     for split in read_json(root / MANIFEST)["splits"]:
-        for entry in build_dataset(name, split, root).entries:
+        for entry in INDEXERS[name](label_set(name), split, root).entries:
             files |= {entry.image: False, entry.label: True}
     return sorted(files.items())
 

@@ -16,6 +16,7 @@ TILE_WIDTH = 480
 LEGEND_WIDTH = 300
 LEGEND_ROW = 18
 GAP = 8
+MAX_LEGEND = 64  # beyond that many classes only those that occur are listed
 OPACITY = 0.6
 INK, PAPER, FAINT = (30, 30, 30), (255, 255, 255), (120, 120, 120)
 
@@ -73,27 +74,29 @@ def _sample_row(image: np.ndarray, label: np.ndarray, name: str, colors: np.ndar
 
 def _legend(dataset: Dataset, counts: np.ndarray, height: int) -> np.ndarray:
     """Return the classes with colours and their share of the pixels shown, in as many columns as needed."""
-    entries = [
-        *zip(range(dataset.num_classes), dataset.classes, map(tuple, dataset.colors.tolist()), strict=True)
-    ]
-    rows = [(index, name, color) for index, name, color in entries] + [(IGNORE_INDEX, "ignored", (0, 0, 0))]
-    shares = counts / max(1, counts.sum())
+    names = (*dataset.classes, "ignored")
+    colors = [*map(tuple, dataset.colors.tolist()), (0, 0, 0)]
+    shares = counts[[*range(dataset.num_classes), IGNORE_INDEX]] / counts.sum()
+    rows = list(range(len(names)))
+    title = f"{dataset.name} {dataset.split}: {len(dataset)} images; share of the pixels shown"
+    if len(rows) > MAX_LEGEND:
+        rows = [row for row in rows if shares[row]]
+        title = (
+            f"{dataset.name} {dataset.split}: {len(dataset)} images; the {len(rows)} classes in these samples"
+        )
     top = 2 * LEGEND_ROW
     per_column = max(12, (height - top - GAP) // LEGEND_ROW)
     columns = -(-len(rows) // per_column)
     size = (columns * LEGEND_WIDTH, top + min(per_column, len(rows)) * LEGEND_ROW + GAP)
     canvas = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    title = f"{dataset.name} {dataset.split}: {len(dataset)} images; share of the pixels shown"
     draw.text((GAP, GAP), title, INK, ImageFont.load_default(11))
-    longest = max(shares.max(), 1e-9)
-    for place, (index, name, color) in enumerate(rows):
+    for place, row in enumerate(rows):
         x, y = place // per_column * LEGEND_WIDTH + GAP, top + place % per_column * LEGEND_ROW
+        color, share = colors[row], shares[row]
         draw.rectangle((x, y + 2, x + 14, y + 14), fill=color, outline=FAINT)
-        draw.text((x + 20, y), name[:22], INK, font)
-        bar = round(shares[index] / longest * 80)
-        draw.rectangle(
-            (x + 160, y + 4, x + 160 + bar, y + 12), fill=color if index != IGNORE_INDEX else FAINT
-        )
-        draw.text((x + 246, y), f"{100 * shares[index]:.1f}%", INK if counts[index] else FAINT, font)
+        draw.text((x + 20, y), names[row][:22], INK if share else FAINT, font)
+        if share:
+            draw.rectangle((x + 160, y + 4, x + 161 + 80 * share / shares.max(), y + 12), fill=color)
+            draw.text((x + 246, y), f"{100 * share:.1f}%", INK, font)
     return np.asarray(canvas)

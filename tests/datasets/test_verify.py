@@ -1,0 +1,281 @@
+"""Verification, manifest, conversion of Pascal-Context, cache of decoded images, contact sheet, commands."""
+
+import argparse
+import hashlib
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from mscs.datasets import DATASETS, build_dataset, label_set
+from mscs.datasets.commands import add_data_commands, default_root
+from mscs.datasets.prepare import build_cache, cache_bytes, context_lookup, convert_pascal_context
+from mscs.datasets.show import contact_sheet
+from mscs.datasets.verify import manifest, verify
+from mscs.errors import MscsError, UsageError
+
+COUNTS = {"train": 3, "val": 2}
+
+
+@pytest.fixture
+def small(make_tree, monkeypatch):
+    """`small(name)` writes a complete tree, the official counts being those of the tree."""
+    from mscs.datasets import labels
+
+    facts = json.loads(json.dumps(labels._facts()))
+
+    def make(name):
+        counts = COUNTS | ({"test": 1} if "test" in label_set(name).splits else {})
+        facts[name]["split_counts"] = counts
+        monkeypatch.setattr(labels, "_facts", lambda: facts)
+        return make_tree(name, counts)
+
+    return make
+
+
+def check(name, root):
+    return verify(name, root, progress=False)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_manifest(name, small):
+    root = small(name)
+    found = manifest(name, root, progress=False)
+    assert found["splits"] == label_set(name).split_counts
+    assert not found["generated"]
+    files = {}
+    for line in found["files"]:
+        sha256, size, path = line.split(" ", 2)
+        data = (root / path).read_bytes()
+        assert (sha256, int(size)) == (hashlib.sha256(data).hexdigest(), len(data))
+        files[path] = sha256
+    entries = [entry for split in found["splits"] for entry in build_dataset(name, split, root).entries]
+    assert set(files) == {path for entry in entries for path in (entry.image, entry.label)}
+    text = "".join(f"{line}\n" for line in found["files"])
+    assert found["digest"] == hashlib.sha256(text.encode()).hexdigest()
+    assert json.loads((root / "manifest.json").read_text()) == found
+
+
+def test_the_digest_depends_on_contents_and_nothing_else(small, tmp_path):
+    root = small("ade20k")
+    before = manifest("ade20k", root, progress=False)["digest"]
+    copy = shutil.copytree(root, tmp_path / "copy")
+    assert verify("ade20k", copy, workers=1, progress=False).manifest["digest"] == before
+    path = copy / build_dataset("ade20k", "val", copy).entries[0].label
+    label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    label[0, 0] = (label[0, 0] + 1) % 151
+    cv2.imwrite(str(path), label)
+    assert manifest("ade20k", copy, progress=False)["digest"] != before
+
+
+def test_all_problems_are_reported(small):
+    root = small("ade20k")
+    images = [root / entry.image for entry in build_dataset("ade20k", "train", root).entries]
+    labels = [root / entry.label for entry in build_dataset("ade20k", "train", root).entries]
+    images[0].write_bytes(images[0].read_bytes()[:300])
+    cv2.imwrite(str(labels[1]), np.full((24, 40), 151, np.uint8))
+    cv2.imwrite(str(labels[2]), np.zeros((24, 41), np.uint8))
+    report = check("ade20k", root)
+    assert len(report.problems) == 3
+    assert f"{images[0]}: cannot be decoded" in report.problems[0]
+    assert report.problems[1] == f"{labels[1]}: unknown label values [151]"
+    assert f"{labels[2]}: label is 41x24 pixels, its image 40x24" in report.problems[2]
+    assert not (root / "manifest.json").exists()
+    with pytest.raises(MscsError, match=r"3 problems\n.*cannot be decoded"):
+        manifest("ade20k", root, progress=False)
+
+
+def test_wrong_counts_and_missing_splits(small):
+    root = small("cityscapes")
+    for folder in ("leftImg8bit", "gtFine"):
+        victim = sorted((root / folder / "train").glob("*/*"))[0]
+        victim.unlink()
+        shutil.rmtree(root / folder / "test")
+    problems = check("cityscapes", root).problems
+    assert problems[0] == "split train: 2 images, expected 3"
+    assert problems[1].startswith("split test: cityscapes: no folder")
+    assert len(problems) == 2
+
+
+def test_the_official_counts_are_expected(make_tree):
+    problems = check("pascal_context", make_tree("pascal_context", COUNTS)).problems
+    assert problems == ["split train: 3 images, expected 4998", "split val: 2 images, expected 5105"]
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises((UsageError, MscsError), match="mscs data fetch cadis"):
+        check("cadis", tmp_path)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_generated_data_is_sound(name, tmp_path):
+    from mscs.datasets.synth import write_dataset
+
+    write_dataset(name, tmp_path / name, seed=5, train=3, val=2, image_size=(64, 96), progress=False)
+    found = manifest(name, tmp_path / name, progress=False)
+    assert found["generated"]
+    assert found["splits"] == COUNTS
+
+
+@pytest.fixture
+def context(make_tree):
+    """A Pascal-Context tree with .mat annotations and shuffled names, and the raw labels."""
+    root = make_tree("pascal_context", COUNTS)
+    classes = label_set("pascal_context").classes
+    names = np.random.default_rng(1).permutation([*classes, *(f"other {i}" for i in range(400))]).tolist()
+    (root / "labels.txt").write_text("".join(f"{i}: {name}\n" for i, name in enumerate(names, 1)))
+    (root / "59_labels.txt").write_text(
+        "".join(f"{i}: {name}\n" for i, name in enumerate(reversed(classes), 1))
+    )
+    (root / "trainval").mkdir()
+    raws = {}
+    for path in (root / "SegmentationClassContext59").iterdir():
+        raws[path.stem] = np.random.default_rng(len(raws)).integers(0, 460, (24, 40)).astype(np.uint16)
+        scipy.io.savemat(root / "trainval" / f"{path.stem}.mat", {"LabelMap": raws[path.stem]})
+    shutil.rmtree(root / "SegmentationClassContext59")
+    return root, ["unlabelled", *names], raws
+
+
+def test_context_is_converted_by_name(context):
+    root, names, raws = context
+    assert convert_pascal_context(root, progress=False) == 5
+    dataset = build_dataset("pascal_context", "train", root)
+    for sample in dataset:
+        expected = np.full((24, 40), 255)
+        for place in np.ndindex(24, 40):
+            name = names[raws[sample.id][place]]
+            if name in dataset.classes:
+                expected[place] = dataset.classes.index(name)
+        assert np.array_equal(sample.label, expected)
+    assert convert_pascal_context(root, progress=False) == 0
+
+
+def test_conversion_goes_on_after_a_broken_file(context):
+    root, _, _ = context
+    path = sorted((root / "trainval").iterdir())[2]
+    data = path.read_bytes()
+    path.write_bytes(data[:100])
+    with pytest.raises(MscsError, match=rf"{path.name}: broken annotation"):
+        convert_pascal_context(root, progress=False)
+    assert not (root / "SegmentationClassContext59").exists()
+    path.write_bytes(data)
+    assert convert_pascal_context(root, progress=False) == 5
+    assert len(build_dataset("pascal_context", "train", root)) == 3
+
+
+def test_names_that_do_not_fit(context):
+    root, _, _ = context
+    text = (root / "labels.txt").read_text()
+    (root / "labels.txt").write_text(text.replace(": aeroplane\n", ": airplane\n"))
+    with pytest.raises(MscsError, match="no class named aeroplane"):
+        context_lookup(root)
+    (root / "labels.txt").write_text(text)
+    (root / "59_labels.txt").write_text("1: aeroplane\n")
+    with pytest.raises(MscsError, match="other classes"):
+        context_lookup(root)
+    (root / "labels.txt").unlink()
+    with pytest.raises(MscsError, match="459 class names is missing"):
+        context_lookup(root)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_cache_gives_the_same_samples(name, small, tmp_path):
+    root = small(name)
+    manifest(name, root, progress=False)
+    plain = build_dataset(name, "train", root)
+    before = [plain[i] for i in range(3)]
+    files = build_cache(name, root, tmp_path / "fast disk", progress=False)
+    assert files == 2 * sum(label_set(name).split_counts.values())
+    assert sum(p.stat().st_size for p in (tmp_path / "fast disk").rglob("*.npy")) == cache_bytes(name, root)
+    cached = build_dataset(name, "train", root)
+    for entry in plain.entries:
+        (root / entry.image).unlink()  # the cache alone is read
+    for i in range(3):
+        assert np.array_equal(cached[i].image, before[i].image)
+        assert np.array_equal(cached[i].label, before[i].label)
+        assert type(cached[i].image) is np.ndarray
+
+
+def test_cache_belongs_to_one_manifest(small):
+    root = small("ade20k")
+    with pytest.raises(UsageError, match="mscs data verify ade20k"):
+        build_cache("ade20k", root, progress=False)
+    manifest("ade20k", root, progress=False)
+    build_cache("ade20k", root, progress=False)
+    path = root / build_dataset("ade20k", "train", root).entries[0].image
+    Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(path)
+    manifest("ade20k", root, progress=False)
+    with pytest.raises(UsageError, match="decoded from other files"):
+        build_dataset("ade20k", "train", root)
+    assert cache_bytes("ade20k", root) > 0
+    build_cache("ade20k", root, progress=False)
+    assert build_dataset("ade20k", "train", root)[0].image.max() == 0
+
+
+def test_cache_refuses_files_that_are_not_in_the_manifest(small):
+    root = small("ade20k")
+    manifest("ade20k", root, progress=False)
+    path = root / build_dataset("ade20k", "train", root).entries[0].image
+    Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(path)
+    with pytest.raises(MscsError, match=rf"{path.name}: not the file in"):
+        build_cache("ade20k", root, progress=False)
+    assert not (root / "decoded" / "index.json").exists()
+
+
+@pytest.mark.parametrize("name", ["cityscapes", "ade20k"])
+def test_contact_sheet(name, make_tree):
+    dataset = build_dataset(name, "train", make_tree(name))
+    sheet = contact_sheet(dataset, 2)
+    assert sheet.dtype == np.uint8
+    assert sheet.shape[0] > 2 * 288
+    assert np.array_equal(contact_sheet(dataset, 50)[:100, :500], contact_sheet(dataset, 3)[:100, :500])
+    colors = {tuple(color) for color in sheet.reshape(-1, 3)[::3].tolist()}
+    assert len(colors & {tuple(color) for color in dataset.colors.tolist()}) > 15  # the legend
+    with pytest.raises(UsageError, match="at least 1"):
+        contact_sheet(dataset, 0)
+
+
+def command(*words):
+    parser = argparse.ArgumentParser()
+    add_data_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args(["data", *map(str, words)])
+    return args.handler(args)
+
+
+def test_commands_from_generation_to_contact_sheet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MSCS_DATA", str(tmp_path))
+    assert default_root("cadis") == tmp_path / "cadis"
+    assert command("info", "cadis") == 0
+    assert "not there; `mscs data fetch cadis`" in capsys.readouterr().out
+    assert command("synth", "cadis", "--train", 3, "--val", 2, "--size", 64, 96) == 0
+    assert command("verify", "cadis") == 0
+    assert "sound (train 3, val 2), digest" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--yes"):
+        command("prepare", "cadis", "--cache")
+    assert command("prepare", "cadis", "--cache", "--yes") == 0
+    assert "10 files in the cache" in capsys.readouterr().out
+    assert command("show", "cadis", "--split", "val", "--task", 2, "--out", tmp_path / "sheet.png") == 0
+    assert Image.open(tmp_path / "sheet.png").width > 900
+    capsys.readouterr()
+    assert command("info", "cadis") == 0
+    told = capsys.readouterr().out
+    assert "generated scenes, train 3, val 2" in told
+    assert "cache of decoded images: yes" in told
+    assert "task 2, 17 classes" in told
+    with pytest.raises(UsageError, match="generated scenes"):
+        command("fetch", "cadis", "--from", tmp_path)
+    with pytest.raises(UsageError, match="did you mean 'cadis'"):
+        command("verify", "cadi")
+
+
+def test_verify_command_fails_with_code_1_on_a_broken_file(tmp_path):
+    command("synth", "ade20k", "--root", tmp_path / "a", "--train", 2, "--val", 1, "--size", 64, 64)
+    path = tmp_path / "a" / build_dataset("ade20k", "train", tmp_path / "a").entries[0].image
+    path.write_bytes(b"")
+    with pytest.raises(MscsError, match=path.name) as error:
+        command("verify", "ade20k", "--root", tmp_path / "a")
+    assert error.value.exit_code == 1
