@@ -73,7 +73,7 @@ MATERIALS: dict[str, tuple[Range, Range, Range, str, float, float]] = {
     "cloth": ((0.00, 1.00), (0.05, 0.65), (0.18, 0.75), "plain", 1.0, 0.0),
     "metal": ((0.00, 1.00), (0.00, 0.12), (0.25, 0.70), "plain", 1.0, 0.0),
     "glass": ((0.50, 0.66), (0.05, 0.30), (0.15, 0.45), "plain", 1.0, 0.0),
-    "skin": ((0.03, 0.09), (0.25, 0.55), (0.35, 0.90), "noise", 0.06, 0.12),
+    "skin": ((0.02, 0.10), (0.12, 0.50), (0.40, 0.90), "noise", 0.09, 0.22),
     "paper": ((0.00, 1.00), (0.02, 0.35), (0.35, 0.85), "stripes", 0.3, 0.10),
     "planks": ((0.02, 0.14), (0.10, 0.60), (0.28, 0.70), "bricks", 0.25, 0.40),
     "ceiling": ((0.00, 1.00), (0.00, 0.15), (0.65, 0.98), "plain", 1.0, 0.0),
@@ -81,12 +81,12 @@ MATERIALS: dict[str, tuple[Range, Range, Range, str, float, float]] = {
     "carpet": ((0.00, 1.00), (0.10, 0.60), (0.25, 0.75), "checker", 0.3, 0.35),
     "fabric": ((0.00, 1.00), (0.05, 0.65), (0.22, 0.75), "noise", 0.25, 0.22),
     "coat": ((0.02, 0.14), (0.05, 0.55), (0.18, 0.80), "noise", 0.5, 0.30),
-    "water": ((0.45, 0.66), (0.05, 0.50), (0.30, 0.80), "ripples", 1.2, 0.25),
+    "water": ((0.00, 1.00), (0.05, 0.35), (0.30, 0.80), "ripples", 1.2, 0.25),
     "rock": ((0.00, 1.00), (0.02, 0.35), (0.30, 0.75), "noise", 18.0, 0.30),
     "earth": ((0.02, 0.14), (0.05, 0.50), (0.30, 0.75), "noise", 0.3, 0.20),
-    "sclera": ((0.02, 0.12), (0.05, 0.28), (0.55, 0.95), "plain", 1.0, 0.0),
-    "pupil": ((0.00, 1.00), (0.10, 0.60), (0.06, 0.40), "plain", 1.0, 0.0),
-    "glove": ((0.10, 0.60), (0.02, 0.25), (0.50, 0.95), "plain", 1.0, 0.0),
+    "sclera": ((0.02, 0.10), (0.08, 0.42), (0.45, 0.92), "plain", 1.0, 0.0),
+    "pupil": ((0.00, 1.00), (0.05, 0.65), (0.08, 0.65), "plain", 1.0, 0.0),
+    "glove": ((0.00, 1.00), (0.02, 0.40), (0.45, 0.95), "plain", 1.0, 0.0),
 }
 DARK = Surface((28, 28, 32))
 LIGHT = Surface((235, 232, 222))
@@ -735,7 +735,7 @@ def landscape(c: Canvas, animals: tuple[str, ...] = ()) -> None:
     def fenced(z: float) -> None:
         fence(c.front(-30, z), 60, 1.2)
 
-    herd = [(grazing, 2, 5, 3.5, 7)] if animals else []
+    herd = [(grazing, 2, 6, 3.0, 6)] if animals else []
     _populate(c, [(planted, 2, 7, 6, 24), (walking, 0, 2, 4, 8), (fenced, 0, 2, 7, 12), *herd])
 
 
@@ -757,13 +757,13 @@ TOOLS = {
     "Viscoelastic Cannula": Tool("bent", 0.032, 2),
     "Capsulorhexis Cystotome": Tool("hook", 0.030, 2, "Capsulorhexis Cystotome Handle", "plain", 0.40),
     "Rycroft Cannula": Tool("bent", 0.032, 2, "Rycroft Cannula Handle", "bands", 0.35),
-    "Bonn Forceps": Tool("prongs", 0.080, 4),
-    "Primary Knife": Tool("diamond", 0.045, 2, "Primary Knife Handle", "bands", 0.30),
-    "Phacoemulsifier Handpiece": Tool("tube", 0.075, 5, "Phacoemulsifier Handpiece Handle", "knurl", 0.35),
+    "Bonn Forceps": Tool("prongs", 0.080, 6),
+    "Primary Knife": Tool("diamond", 0.045, 1, "Primary Knife Handle", "bands", 0.30),
+    "Phacoemulsifier Handpiece": Tool("tube", 0.075, 10, "Phacoemulsifier Handpiece Handle", "knurl", 0.35),
     "Lens Injector": Tool("tube", 0.100, 3, "Lens Injector Handle", "plain", 0.45),
-    "I/A Handpiece": Tool("tube", 0.060, 5, "I/A Handpiece Handle", "stripes", 0.35),
-    "Secondary Knife": Tool("blade", 0.045, 2, "Secondary Knife Handle", "bands", 0.30),
-    "Micromanipulator": Tool("hook", 0.040, 5),
+    "I/A Handpiece": Tool("tube", 0.060, 9, "I/A Handpiece Handle", "stripes", 0.35),
+    "Secondary Knife": Tool("blade", 0.045, 1, "Secondary Knife Handle", "bands", 0.30),
+    "Micromanipulator": Tool("hook", 0.040, 4),
     "Capsulorhexis Forceps": Tool("prongs", 0.045, 3),
 }
 
@@ -841,7 +841,7 @@ def surgery(c: Canvas) -> None:
             knuckles = [(0.1, 0.1 + 0.5 * lift), (0.26, 0.04 + 0.8 * lift), (0.4 - abs(lift), 0.08 + lift)]
             palm.paint("Hand", glove.lit(1 + lift), stroke(knuckles, 0.12, 0.09), disc(*knuckles[-1], 0.045))
     weights = np.array([tool.weight for tool in TOOLS.values()])
-    names = c.rng.choice(list(TOOLS), size=c.rng.integers(1, 4), replace=False, p=weights / weights.sum())
+    names = c.rng.choice(list(TOOLS), size=c.rng.integers(2, 4), replace=False, p=weights / weights.sum())
     first = c.between(0, 2 * np.pi)
     for i, name in enumerate(names):
         turn = first + i * c.between(1.4, 2.4)
