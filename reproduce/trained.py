@@ -1,0 +1,67 @@
+"""A trained run as the figures see it: its validation images, what it predicts, what features it has."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mscs.datasets import Dataset, Sample
+from mscs.engine import open_dataset
+from mscs.evaluation import build_predictor, load_network, scored_label
+from mscs.inference import Predictor
+from mscs.params import Settings
+from mscs.transforms import normalize, pad_reflect
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One run, the weights of its first seed, and where its dataset lies; `title` is shown in figures."""
+
+    settings: Settings
+    weights: Path
+    data_root: Path
+    title: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs: the first GPU if there is one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def dataset(self, split: str = "val") -> Dataset:
+        """Open one split of the run's dataset."""
+        return open_dataset(self.settings, split, self.data_root)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The network behind the dataset's evaluation protocol."""
+        classes = self.dataset().num_classes
+        return build_predictor(self.settings, classes, self.weights, self.device)
+
+    @cached_property
+    def network(self) -> torch.nn.Module:
+        """The network in evaluation mode."""
+        classes = self.dataset().num_classes
+        return load_network(self.settings, classes, self.weights).to(self.device).eval()
+
+    def predict(self, sample: Sample) -> np.ndarray:
+        """Return the single-scale prediction, uint8 (H, W), of the size of `label`."""
+        return self.predictor.scores(sample.image).argmax(0).cpu().numpy().astype(np.uint8)
+
+    def label(self, sample: Sample) -> np.ndarray:
+        """Return the label (H, W) that predictions are scored against."""
+        return scored_label(sample, self.settings).numpy()
+
+    def image(self, sample: Sample) -> np.ndarray:
+        """Return the image (H, W, 3) that lies under `label`."""
+        rows = self.settings.reflect_pad if self.settings.score_padding else (0, 0)
+        return pad_reflect(sample.image, rows)
+
+    @torch.inference_mode()
+    def features(self, sample: Sample) -> list[Tensor]:
+        """Return the backbone's maps (C, h, w), fine to coarse: what the projectors read."""
+        pixels = normalize(self.image(sample))[None].to(self.device)
+        maps = self.network.decode(self.network.backbone(pixels)).maps["backbone"]  # type: ignore[operator]
+        return [x[0].float().cpu() for x in maps]
