@@ -60,8 +60,8 @@ TEXTURES: dict[str, Callable[[Shape, Shape], Shape]] = {
 
 # name: hue, saturation and value ranges (0-1), texture, period, contrast ("noise" is drawn by the canvas)
 MATERIALS: dict[str, tuple[Range, Range, Range, str, float, float]] = {
-    "sky": ((0.50, 0.66), (0.02, 0.50), (0.50, 0.98), "plain", 1.0, 0.0),
-    "dusk": ((0.02, 0.12), (0.05, 0.40), (0.60, 0.95), "plain", 1.0, 0.0),
+    "sky": ((0.50, 0.66), (0.02, 0.50), (0.38, 0.98), "plain", 1.0, 0.0),
+    "dusk": ((0.02, 0.12), (0.05, 0.45), (0.40, 0.95), "plain", 1.0, 0.0),
     "road": ((0.00, 1.00), (0.00, 0.16), (0.26, 0.58), "noise", 0.3, 0.08),
     "sidewalk": ((0.00, 1.00), (0.00, 0.20), (0.38, 0.78), "tiles", 0.8, 0.50),
     "building": ((0.00, 1.00), (0.02, 0.45), (0.30, 0.90), "bands", 0.5, 0.08),
@@ -465,7 +465,7 @@ def sky(c: Canvas, horizon: float) -> None:
     high = c.material("sky" if c.chance(0.75) else "dusk")
     c.paint("sky", high, box(0, 0, c.aspect, horizon + 0.02))
     red, green, blue = high.color
-    c.gradient(high.color, (0.35 * red + 155, 0.35 * green + 155, 0.35 * blue + 155), horizon + 0.02)
+    c.gradient(high.color, (0.6 * red + 70, 0.6 * green + 70, 0.6 * blue + 70), horizon + 0.02)
     for _ in range(c.rng.integers(0, 5)):
         x, y, size = c.between(0, c.aspect), c.between(0.02, 0.7 * horizon), c.between(0.06, 0.16)
         for _ in range(5):
