@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from mscs.models import build_model, convert_sync_batchnorm
+from mscs.models import convert_sync_batchnorm
 
 SHARES = (1, 3)  # images of each process
 
@@ -24,6 +24,8 @@ def make_model(name):
             nn.BatchNorm2d(4, momentum=3e-4),
         )
     else:
+        from mscs.models import build_model  # loads timm, which the processes of the plain case do without
+
         model = build_model(
             name, "mobilenetv3_small_050", 3, projector="backbone", aspp_channels=8, projector_channels=4
         )
