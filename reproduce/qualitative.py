@@ -174,13 +174,13 @@ def _show(axis: Axes, panel: np.ndarray, boxes: dict[str, list[Box]]) -> None:
     height, width = panel.shape[:2]
     step = -(-width // SHOWN_WIDTH)
     axis.imshow(panel[::step, ::step], extent=(0, width, height, 0), interpolation="none")
-    halo = patheffects.withStroke(linewidth=1.8, foreground="black")
+    halo = patheffects.withStroke(linewidth=1.5, foreground="black")
     for side, found in boxes.items():
         color, dash = SIDES[side]
         for box in found:
             corner = (box.x - 1, box.y - 1)
             size = (box.width + 2, box.height + 2)
-            edge = Rectangle(corner, *size, fill=False, color=color, linestyle=dash, linewidth=0.8)
+            edge = Rectangle(corner, *size, fill=False, color=color, linestyle=dash, linewidth=0.7)
             edge.set_path_effects([halo])
             axis.add_patch(edge)
     axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
