@@ -1,9 +1,11 @@
 """The training transform against a plain one on whole images (PIL, torchvision), and its statistics."""
 
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -22,6 +24,9 @@ from mscs.transforms import (
     normalize,
     pad_reflect,
 )
+
+# The plain transform lives with the benchmark that compares speeds.
+benchmark = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/data.py")))
 
 
 @dataclass
@@ -46,49 +51,12 @@ def picture(height, width, seed=0):
     return Picture(np.clip(image, 0, 255).astype(np.uint8), label)
 
 
-def plain_crop_is_mixed(label, ratio):
-    values, counts = np.unique(label[label != 255], return_counts=True)
-    return len(values) > 1 and counts.max() / counts.sum() < ratio
+def plain(sample, seed, crop, **options):
+    return benchmark.plain_transform(sample.image, sample.label, np.random.default_rng(seed), crop, **options)
 
 
-def plain_transform(sample, rng, crop, jitter=PAPER_JITTER, ratio=0.75):
-    """The same random choices as TrainTransform, carried out on whole images with PIL and torchvision."""
-    image, label = Image.fromarray(sample.image), Image.fromarray(sample.label)
-    if rng.random() < 0.5:
-        image, label = functional.hflip(image), functional.hflip(label)
-    scale, aspect = rng.uniform(0.5, 2.0), rng.uniform(0.9, 1.1)
-    width, height = int(image.width * scale * aspect**0.5), int(image.height * scale / aspect**0.5)
-    image = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-    label = np.asarray(label.resize((width, height), Image.Resampling.NEAREST))
-    missing = [max(0, crop[0] - height), max(0, crop[1] - width)]
-    before = [rng.integers(2) * pad for pad in missing]
-    around = [(int(b), int(m - b)) for b, m in zip(before, missing, strict=True)]
-    image, label = np.pad(image, (*around, (0, 0))), np.pad(label, around, constant_values=255)
-    for _ in range(10):
-        top, left = rng.integers(label.shape[0] - crop[0] + 1), rng.integers(label.shape[1] - crop[1] + 1)
-        cropped = label[top : top + crop[0], left : left + crop[1]]
-        if plain_crop_is_mixed(cropped, ratio):
-            break
-    image = Image.fromarray(image[top : top + crop[0], left : left + crop[1]])
-    if jitter is not None:
-        image = plain_jitter(image, jitter, rng)
-    return plain_normalize(np.asarray(image)), torch.from_numpy(cropped.astype(np.int64))
-
-
-def plain_jitter(image, jitter, rng):
-    steps = (
-        functional.adjust_brightness,
-        functional.adjust_contrast,
-        functional.adjust_saturation,
-        functional.adjust_hue,
-    )
-    order = rng.permutation(4)
-    factors = [
-        rng.uniform(*getattr(jitter, name)) for name in ("brightness", "contrast", "saturation", "hue")
-    ]
-    for step in order:
-        image = steps[step](image, factors[step])
-    return image
+def plain_jitter(image, rng):
+    return np.asarray(benchmark.plain_jitter(Image.fromarray(image), PAPER_JITTER, rng, functional))
 
 
 def plain_normalize(image):
@@ -111,7 +79,7 @@ def test_equal_to_the_plain_transform(size, crop):
     for seed in range(15):
         sample = picture(*size, seed)
         image, label = transform(sample, np.random.default_rng(seed))
-        plain_image, plain_label = plain_transform(sample, np.random.default_rng(seed), crop)
+        plain_image, plain_label = plain(sample, seed, crop)
         assert torch.equal(label, plain_label)
         apart = levels_apart(image, plain_image)
         # One level of resampling noise can move the grey mean that contrast blends with to the next integer,
@@ -127,7 +95,7 @@ def test_geometry_is_equal_to_rounding(size, crop):
     for seed in range(15):
         sample = picture(*size, seed)
         image, label = transform(sample, np.random.default_rng(seed))
-        plain_image, plain_label = plain_transform(sample, np.random.default_rng(seed), crop, jitter=None)
+        plain_image, plain_label = plain(sample, seed, crop, jitter=None)
         assert torch.equal(label, plain_label)
         apart = levels_apart(image, plain_image)
         # PIL rounds after each of its two passes, and small images often resample to exact halves.
@@ -203,7 +171,7 @@ def test_whole_images_are_only_padded_flipped_and_jittered():
         rng = np.random.default_rng(seed)
         flip = slice(None, None, -1 if rng.random() < 0.5 else 1)
         padded = np.pad(sample.image, ((2, 2), (0, 0), (0, 0)), mode="reflect")[:, flip]
-        jittered = np.asarray(plain_jitter(Image.fromarray(padded), PAPER_JITTER, rng))
+        jittered = plain_jitter(padded, rng)
         assert label.shape == (58, 96)
         assert np.array_equal(label, np.pad(sample.label, ((2, 2), (0, 0)), mode="reflect")[:, flip])
         assert np.mean(levels_apart(image, plain_normalize(jittered)) > 1.5) < 0.005
@@ -266,8 +234,8 @@ def test_jitter_is_equal_to_torchvision_in_every_order():
     for seed in range(120):
         orders.add(tuple(np.random.default_rng(seed).permutation(4).tolist()))
         ours = PAPER_JITTER(image, np.random.default_rng(seed)).astype(int)
-        theirs = plain_jitter(Image.fromarray(image), PAPER_JITTER, np.random.default_rng(seed))
-        assert np.mean(np.abs(ours - np.asarray(theirs)) > 2) < 0.01
+        theirs = plain_jitter(image, np.random.default_rng(seed))
+        assert np.mean(np.abs(ours - theirs) > 2) < 0.01
     assert len(orders) == 24
 
 
@@ -279,7 +247,7 @@ def test_crops_are_mixed_where_possible():
     for tries in (1, 10):
         transform = TrainTransform(crop_size=(32, 32), scale_range=(1, 1), photometric=None, crop_tries=tries)
         labels = [transform(sample, np.random.default_rng(seed))[1].numpy() for seed in range(300)]
-        shares[tries] = np.mean([plain_crop_is_mixed(crop, 0.75) for crop in labels])
+        shares[tries] = np.mean([benchmark.is_mixed(crop) for crop in labels])
     assert shares[1] < 0.12
     assert shares[10] > 1 - (1 - shares[1]) ** 10 - 0.12
 

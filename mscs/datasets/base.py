@@ -1,11 +1,14 @@
 """What every dataset is: a list of image and label files, one label table, and a way to read a sample."""
 
 import dataclasses
+import functools
+import importlib
 import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +20,9 @@ from mscs.results import read_json
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 JPEG_TRAILER = 4096  # bytes at the end of a file within which the end mark must lie
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_FORMAT = slice(24, 26)  # header bytes: bit depth, colour type
+PNG_GREY, PNG_RGB = bytes([8, 0]), bytes([8, 2])
 MANIFEST = "manifest.json"
 CACHE = "decoded"
 
@@ -125,12 +131,36 @@ def decode_label(data: bytes, path: Path) -> np.ndarray:
 
 
 def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
+    wanted = PNG_GREY if flags == cv2.IMREAD_UNCHANGED else PNG_RGB
+    if data.startswith(PNG_START) and data[PNG_FORMAT] == wanted:
+        image = _fast_png(data)
+        if image is not None:
+            return image
     # libjpeg fills what is missing of a cut-off file with grey and only warns.
     cut_off = data.startswith(JPEG_START) and JPEG_END not in data[-JPEG_TRAILER:]
     image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data and not cut_off else None
     if image is None:
         raise MscsError(f"{path}: cannot be decoded (broken or cut off). Fetch the dataset again")
     return image
+
+
+def _fast_png(data: bytes) -> np.ndarray | None:
+    """Decode a PNG with imagecodecs, if that is installed: it takes about 0.6 of OpenCV's time."""
+    codecs = _imagecodecs()
+    if codecs is None:
+        return None
+    try:
+        return codecs.png_decode(data)
+    except codecs.PngError:
+        return None  # OpenCV's verdict decides
+
+
+@functools.cache
+def _imagecodecs() -> Any:
+    try:
+        return importlib.import_module("imagecodecs")
+    except ImportError:
+        return None
 
 
 def check_sizes(image: np.ndarray, label: np.ndarray, path: Path) -> None:

@@ -251,3 +251,20 @@ def test_facts_need_no_heavy_package():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_png_decoders_agree(make_tree, monkeypatch):
+    pytest.importorskip("imagecodecs")
+    dataset = build_dataset("cityscapes", "train", make_tree("cityscapes"))
+    fast = dataset[0]
+    monkeypatch.setattr("mscs.datasets.base._imagecodecs", lambda: None)
+    assert np.array_equal(fast.image, dataset[0].image)
+    assert np.array_equal(fast.label, dataset[0].label)
+
+
+def test_a_colour_png_in_grey_is_read_as_rgb(make_tree):
+    root = make_tree("cityscapes")
+    dataset = build_dataset("cityscapes", "train", root)
+    grey = np.arange(24 * 40, dtype=np.uint8).reshape(24, 40)
+    cv2.imwrite(str(root / dataset.entries[0].image), grey)
+    assert np.array_equal(dataset[0].image, np.repeat(grey[..., None], 3, axis=2))
