@@ -30,7 +30,7 @@ ROWS_PER_RANK = 2
 BOXES = 3
 LEAST_AREA = 5e-4
 SIDES = {"ours": ("white", "-"), "baseline": ("#ff9f1c", (0, (3, 1.5)))}
-LEGEND_ENTRIES = 20
+LEGEND_ENTRIES = 19
 SHOWN_WIDTH = 768
 """Pixels across a panel at most; more would only make the PDF heavy."""
 
@@ -144,7 +144,7 @@ def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray, most: in
 def _draw(
     rows: list[Row], dataset: Dataset, titles: tuple[str, str], folder: Path, name: str, stamp: str
 ) -> None:
-    margin, foot, head = 0.2, 0.62, 0.2
+    margin, foot, head = 0.25, 0.62, 0.2
     width = (COLUMN - margin) / 4
     heights = [width * row.label.shape[0] / row.label.shape[1] + 0.04 for row in rows]
     height = sum(heights) + head + foot
@@ -178,9 +178,17 @@ def _show(axis: Axes, panel: np.ndarray, boxes: dict[str, list[Box]]) -> None:
     for side, found in boxes.items():
         color, dash = SIDES[side]
         for box in found:
-            corner = (box.x - 1, box.y - 1)
-            size = (box.width + 2, box.height + 2)
-            edge = Rectangle(corner, *size, fill=False, color=color, linestyle=dash, linewidth=0.7)
+            left, top = max(box.x - 1, 0), max(box.y - 1, 0)
+            right, bottom = min(box.x + box.width + 1, width), min(box.y + box.height + 1, height)
+            edge = Rectangle(
+                (left, top),
+                right - left,
+                bottom - top,
+                fill=False,
+                color=color,
+                linestyle=dash,
+                linewidth=0.7,
+            )
             edge.set_path_effects([halo])
             axis.add_patch(edge)
     axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))

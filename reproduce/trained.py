@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mscs.datasets import Dataset, Sample
-from mscs.engine import open_dataset
+from mscs.engine import apply_machine_settings, open_dataset
 from mscs.evaluation import build_predictor, load_network, scored_label
 from mscs.inference import Predictor
 from mscs.params import Settings
@@ -37,12 +37,14 @@ class TrainedRun:
     @cached_property
     def predictor(self) -> Predictor:
         """The network behind the dataset's evaluation protocol."""
+        apply_machine_settings(self.settings)
         classes = self.dataset().num_classes
         return build_predictor(self.settings, classes, self.weights, self.device)
 
     @cached_property
     def network(self) -> torch.nn.Module:
         """The network in evaluation mode."""
+        apply_machine_settings(self.settings)
         classes = self.dataset().num_classes
         return load_network(self.settings, classes, self.weights).to(self.device).eval()
 
