@@ -12,6 +12,7 @@ from torch import Tensor
 
 _RANDOM_BITS = 40  # two of n keys tie with probability about n^2 / 2^41
 _CLASS_BITS = 12
+_CLASSES = 1 << _CLASS_BITS
 _MAX_IMAGES = (1 << 11) - 1
 _LAST = torch.iinfo(torch.int64).max  # sorts ignored pixels behind all others
 
@@ -106,40 +107,37 @@ def choose_balanced(
     """Choose V random pixels from each (image, class) set of a (B, h, w) map; see `sample_anchors`."""
     if min(min_views, max_views, max_anchors) < 1:
         raise ValueError("min_views, max_views and max_anchors must be at least 1")
-    classes, valid, image = _flatten(labels, ignore_index)
-    pixels = len(classes)
-    if pixels == 0:
-        return Selection(classes, classes, 0, 0)
+    classes, valid, invalid = _classes(labels, ignore_index)
+    if labels.numel() == 0:
+        return Selection(classes.flatten(), classes.flatten(), 0, 0)
+    images = torch.arange(len(labels), device=labels.device)
+    sets = ((images << _CLASS_BITS)[:, None] | classes).flatten()
     device = labels.device if generator is None else generator.device
-    noise = torch.randint(1 << _RANDOM_BITS, (pixels,), generator=generator, device=device).to(labels.device)
-    sets = (image << _CLASS_BITS) | classes
-    key, order = torch.sort(((sets << _RANDOM_BITS) | noise).where(valid, _LAST))
-    sets = key >> _RANDOM_BITS
-    start, size = _runs(sets)
-    usable = (size >= min_views) & (key[start.clamp(max=pixels - 1)] != _LAST)
-    smallest = size.where(usable, pixels).amin()
-    groups, views = _read(usable.sum(), smallest, _invalid(classes, valid))
+    noise = torch.randint(1 << _RANDOM_BITS, sets.shape, generator=generator, device=device).to(sets.device)
+    order = torch.sort(((sets << _RANDOM_BITS) | noise).where(valid, _LAST)).indices
+    size = sets.new_zeros(len(labels) << _CLASS_BITS).scatter_add_(0, sets, valid.long())
+    usable = size >= min_views
+    smallest = size.where(usable, len(sets)).amin()
+    groups, views = _read(usable.sum(), smallest, invalid)
     if groups == 0:
         return Selection(order[:0], order[:0], 0, 0)
     views = max(1, min(views, max_views, max_anchors // groups))
-    start = _compact(start, usable)[:groups]
+    chosen = torch.sort(usable, descending=True, stable=True).indices[:groups]
+    start = (size.cumsum(0) - size)[chosen]
     positions = order[(start[:, None] + torch.arange(views, device=labels.device)).flatten()]
-    drawn = (sets[start] & ((1 << _CLASS_BITS) - 1)).repeat_interleave(views, output_size=groups * views)
+    drawn = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=groups * views)
     return Selection(positions, drawn, groups, views)
 
 
 def choose_all(labels: Tensor, ignore_index: int) -> Selection:
     """Choose every pixel of a (B, h, w) map that is not ignored, ordered by class; views is 0."""
-    classes, valid, image = _flatten(labels, ignore_index)
-    if len(classes) == 0:
-        return Selection(classes, classes, 0, 0)
-    key, order = torch.sort(((classes << (62 - _CLASS_BITS)) | image).where(valid, _LAST), stable=True)
-    kept = key != _LAST
-    first = torch.ones_like(kept)
-    first[1:] = key[1:] != key[:-1]
-    count, groups = _read(kept.sum(), (first & kept).sum(), _invalid(classes, valid))
-    positions = order[:count]
-    return Selection(positions, classes[positions], groups, 0)
+    classes, valid, invalid = _classes(labels, ignore_index)
+    images = torch.arange(len(labels), device=labels.device)
+    sets = ((images << _CLASS_BITS)[:, None] | classes).flatten()
+    present = sets.new_zeros(len(labels) << _CLASS_BITS).scatter_add_(0, sets, valid.long()) > 0
+    ordered, order = torch.sort(classes.flatten().where(valid, _CLASSES), stable=True)
+    count, groups = _read(valid.sum(), present.sum(), invalid)
+    return Selection(order[:count], ordered[:count], groups, 0)
 
 
 def gather_pixels(features: Tensor, positions: Tensor) -> Tensor:
@@ -173,19 +171,14 @@ class _GatherPixels(torch.autograd.Function):
         return result, None
 
 
-def _flatten(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return class, validity and image index of each pixel."""
+def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return classes (B, h*w) with 0 where ignored, the flat mask of the others, and if any is invalid."""
     if len(labels) > _MAX_IMAGES:
         raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
-    classes = labels.flatten().long()
-    image = torch.arange(len(labels), device=labels.device).repeat_interleave(
-        labels[0].numel() if len(labels) else 0, output_size=labels.numel()
-    )
-    return classes, classes != ignore_index, image
-
-
-def _invalid(classes: Tensor, valid: Tensor) -> Tensor:
-    return (valid & ((classes < 0) | (classes >= 1 << _CLASS_BITS))).any()
+    classes = labels.flatten(1).long()
+    valid = classes != ignore_index
+    classes = classes.where(valid, 0)
+    return classes & (_CLASSES - 1), valid.flatten(), (classes >> _CLASS_BITS).any()
 
 
 def _read(first: Tensor, second: Tensor, invalid: Tensor) -> tuple[int, int]:
@@ -193,26 +186,7 @@ def _read(first: Tensor, second: Tensor, invalid: Tensor) -> tuple[int, int]:
     first_value, second_value, is_invalid = torch.stack((first, second, invalid.long())).tolist()
     if is_invalid:
         raise ValueError(
-            f"labels must be 0..{(1 << _CLASS_BITS) - 1} or ignore_index; found values outside. "
+            f"labels must be 0..{_CLASSES - 1} or ignore_index; found values outside. "
             "Map them, or set ignore_index to the value of the pixels that do not count"
         )
     return first_value, second_value
-
-
-def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return start and size of each run of equal values, padded to static shape with (n, 0)."""
-    count = len(values)
-    first = torch.ones_like(values, dtype=torch.bool)
-    first[1:] = values[1:] != values[:-1]
-    index = torch.arange(count, device=values.device)
-    start = _compact(index.where(first, count), first)
-    end = torch.cat((start[1:], start.new_full((1,), count)))
-    return start, end - start
-
-
-def _compact(values: Tensor, keep: Tensor) -> Tensor:
-    """Move the kept values to the front without a synchronisation; n = len(values) fills the rest."""
-    count = len(values)
-    slot = (keep.cumsum(0) - 1).where(keep, count)
-    result = values.new_full((count + 1,), count)
-    return result.scatter_(0, slot, values.where(keep, count))[:count]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS, _COLUMNS = 512, 2048  # 4 MB in float32: a tile stays in the cache between its few passes
+_ROWS, _COLUMNS = 512, 1024  # 2 MB in float32: a tile stays in the cache between its few passes
 _Tile = tuple[slice, slice]
 _Classes = list[tuple[int, int, int, int]]  # per class: first and last row, first and last column
 

@@ -1,4 +1,4 @@
-"""The Triton backend: its logic when interpreted, its code for a GPU, and, where there is one, its numbers."""
+"""The Triton backend: interpreted logic, code for a GPU, and, where there is one, its numbers."""
 
 import os
 import re
