@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.datasets.archive import extract, is_archive, move_into
-from mscs.datasets.download import Retry, download
+from mscs.datasets.download import Retry, download, require_space
 from mscs.datasets.labels import GENERATED, check_dataset
 from mscs.errors import MscsError, UsageError
 
@@ -232,6 +232,9 @@ def _cityscapes_package(package: str, folder: Path, retry: Retry) -> Path:
     partial.mkdir(parents=True, exist_ok=True)
     try:
         session = _cityscapes_session(requests.Session())
+        listed = downloader.get_available_packages(session=session)
+        sizes = {entry["name"]: downloader.parse_size_to_bytes(entry["size"]) for entry in listed}
+        require_space(folder, int(sizes.get(package, 0)))
         for attempt in range(retry.tries):
             try:
                 downloader.download_packages(

@@ -7,7 +7,7 @@ result, and in the pipeline the manifest is what stages depend on, never the ima
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,20 +76,16 @@ def verify(
     datasets, problems = _open_splits(name, root, task, expected)
     files: dict[str, str] = {}
     entries = [(dataset, entry) for dataset in datasets for entry in dataset.entries]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        checks = pool.map(_check, *zip(*entries, strict=True))
-        for lines, problem in tqdm(
-            checks, total=len(entries), desc=f"verifying {name}", disable=not progress
-        ):
-            files |= lines
-            problems += problem
-    lines = [files[path] for path in sorted(files)]
+    for lines, problem in _in_parallel(entries, workers, f"verifying {name}", progress):
+        files |= lines
+        problems += problem
+    listing = [files[path] for path in sorted(files)]
     found = {
         "dataset": name,
         "generated": generated is not None,
         "splits": {dataset.split: len(dataset) for dataset in datasets},
-        "digest": _digest(lines),
-        "files": lines,
+        "digest": _digest(listing),
+        "files": listing,
     }
     if not problems:
         write_json(root / MANIFEST, found)
@@ -119,6 +115,19 @@ def _open_splits(
     if not datasets:
         raise MscsError("\n  ".join([f"{name}: no split can be read", *problems]))
     return datasets, problems
+
+
+def _in_parallel(
+    entries: list[tuple[Dataset, Entry]], workers: int | None, text: str, progress: bool
+) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Yield `_check` of every entry, in order."""
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        jobs = [pool.submit(_check, *entry) for entry in entries]
+        try:
+            for job in tqdm(jobs, desc=text, disable=not progress):
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest
 
 
 def _check(dataset: Dataset, entry: Entry) -> tuple[dict[str, str], list[str]]:
