@@ -62,4 +62,4 @@ def build_model(
 
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters without those of projectors, which exist in training only."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("projectors."))
+    return sum(p.numel() for name, p in model.named_parameters() if "projectors" not in name.split("."))

@@ -63,7 +63,8 @@ UPSTREAM_OPTIONS: dict[str, dict[str, object]] = {
     "deeplabv3": {"aspp_bn_eps": 1e-5},
     "upernet": {"ppm_upsample_first": False},
 }
-# What the published configuration files of the authors' code set differently from our defaults.
+# What the published configuration files of the authors' code set differently from our defaults; for UPerNet
+# that is the one on Swin (with a ResNet their auxiliary head ends in an error).
 CODE_OPTIONS: dict[str, dict[str, object]] = {
     "hrnet": {},
     "ocrnet": {},

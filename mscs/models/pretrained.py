@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
+from tqdm import tqdm
 
 from mscs.errors import MscsError
 
@@ -70,12 +71,15 @@ def _download(url: str, path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
-                shutil.copyfileobj(response, part, 1 << 20)
                 length = response.headers.get("Content-Length")
+                total = int(length) if length is not None else None
+                # disable=None: no progress bar where the output is no terminal
+                with tqdm.wrapattr(response, "read", total=total, desc=path.name, disable=None) as stream:
+                    shutil.copyfileobj(stream, part, 1 << 20)
             part.close()
             size = Path(part.name).stat().st_size
-            if length is not None and size != int(length):
-                raise MscsError(f"the connection broke after {size} of {length} bytes")
+            if total is not None and size != total:
+                raise MscsError(f"the connection broke after {size} of {total} bytes")
             os.replace(part.name, path)
         finally:
             Path(part.name).unlink(missing_ok=True)

@@ -72,6 +72,20 @@ def test_official_deeplabv3():
     )
 
 
+def test_official_one_scale_projector():
+    model = build_model(
+        "hrnet", "hrnet_w18_small", 3, projector="concat", projector_channels=4, head_channels=8
+    )
+    total = sum(model.backbone.channels)
+    shapes = backbone_shapes(model, "backbone.") | conv("cls_head.0", 8, total, 3, bias=True)
+    shapes |= norm("cls_head.1", 8) | conv("cls_head.2", 3, 8) | norm("projector_model.project.2", total)
+    shapes |= conv("projector_model.project.0", total, total)
+    shapes |= conv("projector_model.project.3", 4, total, bias=True)
+    state = drawn(shapes)
+    load_official(model, state)
+    assert_loaded(model, {"projectors.0.3.weight": state["projector_model.project.3.weight"]})
+
+
 def hrnet_upstream(model):
     return backbone_shapes(model, "model.")
 

@@ -161,11 +161,15 @@ def test_checkpointing_changes_no_gradient_and_no_statistic(case):
         assert torch.equal(value, buffers[name]), name
 
 
-SLOW_TO_COMPILE = [pytest.param(case, marks=pytest.mark.slow) for case in SMALL if case != "upernet"]
+SLOW_TO_COMPILE = [
+    (case, mode) for case in SMALL for mode in (True, False) if (case, mode) != ("upernet", True)
+]
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", ["upernet", *SLOW_TO_COMPILE])
+@pytest.mark.parametrize(
+    ("case", "training"),
+    [("upernet", True), *(pytest.param(*c, marks=pytest.mark.slow) for c in SLOW_TO_COMPILE)],
+)
 def test_compiles_without_graph_breaks(case, training):
     model = build(case, SMALL[case][-1][0]).train(training)
     images = pictures(2, 3, 64, 64)

@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from mscs.models.backbone import build_backbone
+from mscs.models.deeplabv3 import ASPP
+from mscs.models.upernet import PyramidPooling
 
 SWIN = "swin_tiny_patch4_window7_224"
 
@@ -206,3 +208,41 @@ def test_resnet_with_output_stride_8_dilates_like_torchvision():
         for feature, layer in zip(found, ("layer1", "layer2", "layer3", "layer4"), strict=True):
             x = getattr(reference, layer)(x)
             assert torch.equal(feature, x)
+
+
+def test_aspp_equals_torchvisions():
+    from torchvision.models.segmentation.deeplabv3 import ASPP as TorchvisionASPP
+
+    ours = randomise(ASPP(6, 4, (12, 24, 36), eps=3e-4))
+    theirs = TorchvisionASPP(6, [12, 24, 36], out_channels=4).double().eval()
+    state = {}
+    for name, value in ours.state_dict().items():
+        part, _, rest = name.partition(".")
+        if part == "mean":  # their pooling path begins with the pooling
+            index, _, tensor = rest.partition(".")
+            state[f"convs.4.{int(index) + 1}.{tensor}"] = value
+        else:
+            state[f"{'convs' if part == 'paths' else 'project'}.{rest}"] = value
+    theirs.load_state_dict(state)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eps = 3e-4
+    x = torch.randn(2, 6, 40, 50, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("upsample_first", [True, False])
+def test_both_orders_of_pyramid_pooling(upsample_first):
+    ppm = randomise(PyramidPooling(3, 2, (1, 2, 3, 6), upsample_first))
+    x = torch.randn(1, 3, 7, 9, dtype=torch.float64)
+    up = lambda y: F.interpolate(y, (7, 9), mode="bilinear", align_corners=False)  # noqa: E731
+    with torch.no_grad():
+        maps = [x]
+        for size, conv in zip((1, 2, 3, 6), ppm.convs, strict=True):
+            pooled = F.adaptive_avg_pool2d(x, size)
+            maps.append(conv(up(pooled)) if upsample_first else up(conv(pooled)))
+        expected = ppm.fuse(torch.cat(maps, 1))
+        torch.testing.assert_close(ppm(x), expected)
+        ppm.upsample_first = not upsample_first
+        assert not torch.allclose(ppm(x), expected, rtol=1e-2)
