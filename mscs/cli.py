@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only")
     evaluate.add_argument("--split", default="val", help="split to score (default: val)")
 
+    from mscs.datasets.commands import add_data_commands
+
+    add_data_commands(commands)
+
     return parser
 
 

@@ -255,7 +255,7 @@ class Params:
                 values[key] = merged
                 note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
                 sources[key] = f"{note} ({source})"
-        self._rewrite(values, sources, profile)
+        self._rewrite(values, sources, profile, entry["schedule"])
         values.update(overrides)
         sources.update(dict.fromkeys(overrides, "--set"))
         values |= {"run": run, "profile": profile, "recipe": recipe}
@@ -286,17 +286,26 @@ class Params:
                     if fnmatchcase(name, pattern):
                         yield values, f"{family}.{chosen}.{block}.{pattern}"
 
-    def _rewrite(self, values: dict[str, Any], sources: dict[str, str], profile: str) -> None:
-        """Apply the profile's rules that map the paper's value to a smaller one."""
+    def _rewrite(
+        self, values: dict[str, Any], sources: dict[str, str], profile: str, schedule: str
+    ) -> None:
+        """Apply the profile's rules that map the paper's values to others, so that editing those still counts."""
         rules = self._document["profiles"][profile].get("rewrite", {})
         source = f"profiles.{profile}.rewrite"
         for key in ("backbone", "batch_size"):
             if values.get(key) in rules.get(key, {}):
                 values[key] = rules[key][values[key]]
                 sources[key] = f"{OUR_CHOICE} ({source})"
-        if "steps_factor" in rules and "steps" in values:
-            values["steps"] = max(1, round(values["steps"] * rules["steps_factor"]))
-            sources["steps"] = f"{OUR_CHOICE} ({source})"
+        factors = {"steps": rules.get("steps_factor", 1)}
+        for pattern, factor in rules.get("lr_factor", {}).items():
+            if fnmatchcase(schedule, pattern):
+                factors["lr"] = factor
+        for key, factor in factors.items():
+            if factor != 1 and isinstance(values.get(key), int | float):
+                values[key] *= factor
+                sources[key] += f", times {factor} ({OUR_CHOICE}, {source})"
+        if isinstance(values.get("steps"), float):
+            values["steps"] = max(1, round(values["steps"]))
 
     def _run(self, run: str) -> Mapping[str, Any]:
         if run not in self._document["runs"]:
@@ -331,7 +340,7 @@ class Params:
                 self._check_keys(values, f"{where}.{block}.{pattern}", None)
         _known(
             overlay.get("rewrite", {}),
-            {"backbone", "batch_size", "steps_factor"},
+            {"backbone", "batch_size", "steps_factor", "lr_factor"},
             f"{self._path}: {where}.rewrite",
             "rule",
         )

@@ -23,6 +23,7 @@ FIGURE_RUNS = {
     "fig3": ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours"),
     "fig4": ("cadis-ocrnet-r50-ce", "cadis-ocrnet-r50-ours"),
 }
+LABELS = "mscs/datasets/labels.json"
 PROFILE = "${item.profile}"
 RESOLVED = f"results/{PROFILE}/resolved.json"
 HEADER = """\
@@ -61,7 +62,8 @@ def imports_of(*modules: str) -> list[str]:
         path = module_path(module)
         if path.name != "__init__.py":
             open_modules += _imported(ast.parse(path.read_text()))
-    return sorted({str(module_path(module)) for module in seen})
+    files = {str(module_path(module)) for module in seen}
+    return sorted(files | ({LABELS} if "mscs/datasets/labels.py" in files else set()))
 
 
 def module_path(module: str) -> Path:
@@ -221,7 +223,7 @@ def _table(params: Params, table: str) -> dict[str, Any]:
 
 
 def _figure_deps(module: str, runs: list[str]) -> list[str]:
-    deps = [RESOLVED, *imports_of(module)]
+    deps = imports_of(module)
     deps += [f"work/{PROFILE}/runs/{run}/weights" for run in runs]
     return deps + sorted({f"results/{PROFILE}/data/{run.split('-')[0]}.json" for run in runs})
 
@@ -231,6 +233,7 @@ def _tsne() -> dict[str, Any]:
     return _stage(
         "tsne",
         deps=_figure_deps("reproduce.tsne", list(TSNE_RUNS)),
+        params=[{RESOLVED: list(TSNE_RUNS)}],
         outs=[f"{folder}/fig1.png", f"{folder}/fig1.pdf", f"{folder}/fig1-scales.png"],
         metrics=[_out(f"{folder}/fig1.json")],
     )
@@ -242,6 +245,7 @@ def _qualitative() -> dict[str, Any]:
     return _stage(
         "qualitative",
         deps=_figure_deps("reproduce.qualitative", runs),
+        params=[{RESOLVED: runs}],
         outs=[f"{folder}/{figure}.{kind}" for figure in FIGURE_RUNS for kind in ("png", "pdf")],
         metrics=[_out(f"{folder}/qualitative.json")],
     )

@@ -234,7 +234,7 @@ class Canvas:
         """Return the picture (H, W, 3) RGB under its light and with sensor noise, and the labels (H, W)."""
         height, width = (length // OVERSAMPLE for length in self.label.shape)
         image = cv2.resize(self.image, (width, height), interpolation=cv2.INTER_AREA)
-        tint = self.between(0.82, 1.15) * self.rng.uniform(0.94, 1.06, 3)
+        tint = self.between(0.65, 1.25) * self.rng.uniform(0.8, 1.2, 3)
         slope = np.linspace(-1, 1, width)[None, :] * self.between(-0.12, 0.12)
         light = (tint * (1 + slope)[..., None]).astype(np.float32)
         noise = self.rng.normal(0, 3.0, image.shape).astype(np.float32)
