@@ -226,7 +226,7 @@ def draw_losses(folder: Path, baseline: str, ours: str) -> Chart | None:
         (style, label, " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points))
         for style, label, points in curves
     ]
-    x_ticks = [(place(right * part / 4, 0)[0], f"{right * part / 4:g}") for part in range(5)]
+    x_ticks = [(place(right * part / 2, 0)[0], f"{right * part / 2:g}") for part in range(3)]
     y_ticks = [(place(0, top * part / 2)[1], f"{top * part / 2:g}") for part in range(3)]
     last = ", ".join(f"{label} {points[-1][1]:.3f}" for _, label, points in curves)
     return Chart(_pair_name(baseline), lines, x_ticks, y_ticks, last)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mscs.datasets import Sample
+from mscs.errors import MscsError
 from mscs.losses.sampling import downsample_labels
 from mscs.results import write_json
 from mscs.seeding import derive_seed, numpy_generator
@@ -69,14 +70,21 @@ def write_tsne(baseline: TrainedRun, ours: TrainedRun, folder: Path, stamp: str)
 
 
 def sample_pixels(run: TrainedRun) -> dict[str, Points]:
-    """Return balanced points of all scales together and of every scale, by name."""
+    """Return balanced points of all scales together and of every scale that shows two classes, by name."""
     dataset = run.dataset()
     pools: dict[str, list[Points]] = {}
     for number in range(len(dataset)):
         sample = dataset[number]
         for space, grid in spaces_of(run.features(sample), sample).items():
             pools.setdefault(space, []).append(_draw_from(grid, run.label(sample), space, number))
-    return {space: balance(_join(parts), space) for space, parts in pools.items()}
+    found = {space: balance(_join(parts), space) for space, parts in pools.items()}
+    found = {space: points for space, points in found.items() if len(np.unique(points.classes)) > 1}
+    if ALL_SCALES not in found:
+        raise MscsError(
+            f"{run.settings.run}: the validation images show fewer than two classes with at least "
+            f"{LEAST_PER_CLASS} pixels of the finest feature map; use more or larger images"
+        )
+    return found
 
 
 def spaces_of(maps: list[Tensor], sample: Sample) -> dict[str, Tensor]:

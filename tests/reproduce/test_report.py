@@ -1,0 +1,198 @@
+import base64
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from mscs.results import write_csv, write_json, write_text
+from reproduce.cells import TABLES, table_block
+from reproduce.report import class_table, draw_losses, write_report
+from reproduce.tables import MINI_STAMP, Results
+
+PAIR = ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours")
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+VOID = {"meta", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Collects addresses, identifiers and cells, and checks that tags are closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.alts: list[str | None] = []
+        self.scopes: list[str | None] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [
+            value for key, value in attrs if key in ("src", "href", "xlink:href", "srcset", "data")
+        ]
+        self.ids += [found["id"]] if "id" in found else []
+        self.alts += [found.get("alt")] if tag == "img" else []
+        self.scopes += [found.get("scope")] if tag == "th" else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def write_run(
+    folder: Path, run: str, miou: float, ious: list[list[float | None]], losses: list[float]
+) -> None:
+    seeds = {str(i): {"miou": miou, "class_iou": row} for i, row in enumerate(ious)}
+    scores = {"miou": miou, "std": None, "n": len(ious), "seeds": seeds}
+    write_json(
+        folder / "runs" / run / "evaluation.json", {"ss": scores, "classes": ["road", "bus <&>", "train"]}
+    )
+    rows = [{"seed": 0, "step": 10 * i, "ce": value, "loss": 2 * value} for i, value in enumerate(losses, 1)]
+    write_csv(folder / "runs" / run / "losses.csv", rows)
+    record = {
+        "seconds": 61.4,
+        "peak_gpu_bytes": 2**31,
+        "settings": {"seeds": [0], "steps": 30, "batch_size": 8},
+        "git": {"commit": "abc123", "dirty": True},
+        "packages": {"torch": "2.14.1"},
+        "environment": "feedbeef",
+        "machine": {
+            "os": "Linux",
+            "python": "3.11.7",
+            "cpu": "Some CPU",
+            "cpus": 2,
+            "gpus": ["H200", "H200"],
+        },
+        "image": None,
+        "finished": "2026-01-01T00:00:00Z",
+    }
+    write_json(folder / "runs" / run / "run.json", record)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Results of one pair of runs, every table, Figs. 1 and 3."""
+    folder = tmp_path / "mini"
+    write_run(folder, PAIR[0], 40.0, [[60.0, 20.0, None], [70.0, 30.0, None]], [3.0, 2.0, 1.0])
+    write_run(folder, PAIR[1], 44.5, [[66.0, 23.0, None]], [3.5, 1.5, 0.5])
+    for name in TABLES:
+        block = table_block(name)
+        values = [["81.5", f"our {name}", "", "ran (mini)"] for _ in block["columns"]]
+        line = ["row"] * len(block["header"]) + [text for value in values for text in value]
+        write_text(folder / "tables" / f"{name}.csv", ",".join(line) + "\n" + ",".join(line) + "\n")
+        write_text(folder / "tables" / f"{name}.md", f"### Table {name} in Markdown\n")
+    for name in ("fig1", "fig1-scales", "fig3"):
+        (folder / "figures").mkdir(exist_ok=True)
+        (folder / "figures" / f"{name}.png").write_bytes(PIXEL)
+    values = {"knn_accuracy": 51.25, "silhouette": 0.125, "distance_ratio": 0.75}
+    write_json(folder / "figures" / "fig1.json", {"with": {"all scales": values}, "points": {"road": 50}})
+    row = {"id": "frankfurt_7", "rank": "best", "baseline": 40.0, "ours": 52.5, "gain": 12.5, "boxes": {}}
+    sheet = {"images": 12, "mean_gain": 1.25, "ours_better": 8, "baseline_better": 3, "rows": [row]}
+    write_json(folder / "figures" / "qualitative.json", {"fig3": sheet})
+    write_json(folder / "data" / "cityscapes.json", {"digest": "da7a"})
+    write_json(folder / "resolved.json", {})
+    return folder
+
+
+@pytest.fixture
+def html(folder: Path) -> str:
+    write_report("mini", folder)
+    return (folder / "report.html").read_text()
+
+
+def test_page_is_one_self_contained_file(html):
+    page = Page(html)
+    assert page.addresses
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert "<script" not in html
+    assert not re.search(r"@import|url\(", html)
+    assert base64.b64encode(PIXEL).decode() in html
+
+
+def test_page_can_be_navigated_and_heard(html):
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    assert len(page.alts) == 3
+    assert all(page.alts)
+    assert set(page.scopes) == {"row", "col", "colgroup"}
+
+
+def test_page_shows_stamp_and_every_table(html):
+    assert html.count(MINI_STAMP) == 1
+    for name in TABLES:
+        assert f"our {name}" in html
+        assert table_block(name)["title"] in html.replace("&gt;", ">")
+
+
+def test_page_shows_results_and_what_they_were_made_with(html):
+    # one direction of Tables 2(b) is measured, +4.5; all others are not run
+    assert re.search(r"<dd>1\s*<small>of 1 measured", html)
+    assert "as in the paper (+4.5)" in html
+    for text in (
+        "51.2",
+        "frankfurt_7",
+        "+12.5",
+        "abc123 with uncommitted changes",
+        "2 x H200",
+        "da7a",
+        "2.14.1",
+    ):
+        assert text in html
+    assert "bus &lt;&amp;&gt;" in html
+    assert "bus <&>" not in html
+    assert html.count("Not made yet.") == 2
+
+
+def test_markdown_tells_the_same(folder, html):
+    text = (folder / "report.md").read_text()
+    assert MINI_STAMP in text
+    assert "Directions as in the paper: 1 of 1 measured" in text
+    assert all(f"### Table {name} in Markdown" in text for name in TABLES)
+    assert "(figures/fig3.png)" in text
+    assert "| bus <&> | 25.0 | 23.0 | -2.0 |" in text
+    assert "| frankfurt_7 |" in text
+
+
+def test_class_table_averages_seeds_and_drops_absent_classes(folder):
+    view = class_table(Results("mini", folder.parent), *PAIR)
+    assert view is not None
+    assert view["rows"] == [["road", "65.0", "66.0", "+1.0"], ["bus <&>", "25.0", "23.0", "-2.0"]]
+    assert view["mean"] == ["mean", "40.0", "44.5", "+4.5"]
+
+
+def test_curves_run_from_corner_to_corner(folder):
+    chart = draw_losses(folder / "runs", *PAIR)
+    assert chart is not None
+    points = {
+        style: [tuple(map(float, p.split(","))) for p in line.split()] for style, _, line in chart.lines
+    }
+    assert [text for _, text in chart.x_ticks] == ["0", "15", "30"]
+    assert [text for _, text in chart.y_ticks] == ["0", "4", "8"]
+    # the total of ours starts at 7 of 8 and ends at 1 of 8, at the right border
+    assert points["total"][0] == pytest.approx((124.7, 23.2), abs=0.1)
+    assert points["total"][-1] == pytest.approx((314, 114.8), abs=0.1)
+    assert chart.last == "CE alone 1.000, CE, with ours 0.500, total 1.000"
+
+
+def test_report_of_nothing_says_what_is_missing(tmp_path):
+    (tmp_path / "paper").mkdir()
+    write_report("paper", tmp_path / "paper")
+    html = (tmp_path / "paper" / "report.html").read_text()
+    Page(html)
+    assert "Not made yet: 1a, 1b, 2a, 2b, 3." in html
+    assert "No pair of runs has been trained yet." in html
+    assert "not comparable" not in html
+
+
+def test_report_needs_no_torch():
+    code = "import reproduce.report, sys; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

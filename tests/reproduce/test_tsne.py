@@ -1,0 +1,128 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mscs.checkpoint import save_weights
+from mscs.datasets import Sample
+from mscs.datasets.synth import write_dataset
+from mscs.engine import build_network
+from mscs.errors import MscsError
+from mscs.params import load_params
+from reproduce import tsne
+from reproduce.trained import TrainedRun
+from reproduce.tsne import Points, balance, embed, separation, spaces_of, write_tsne
+
+
+def points_at(centres: list[list[float]], classes: list[int], images: list[int]) -> Points:
+    features = np.array(centres, dtype=float)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return Points(features, np.array(classes), np.array(images))
+
+
+def test_separated_classes_measure_as_separated():
+    axes = [[1.0, 0.0], [0.0, 1.0]] * 4
+    found = separation(points_at(axes, [3, 7] * 4, [0, 0, 1, 1, 2, 2, 3, 3]))
+    assert found == {"knn_accuracy": 100.0, "silhouette": 1.0, "distance_ratio": 0.0}
+
+
+def test_identical_classes_measure_as_mixed():
+    # every class has the same two directions: within and between have equal pairs, up to leaving out self
+    both = [[1.0, 0.0], [0.0, 1.0]]
+    found = separation(points_at(both * 40, [0, 0, 1, 1] * 20, list(range(80))))
+    assert found["distance_ratio"] == pytest.approx((40 * 20 / (40 * 39)) / 0.5)
+    assert found["silhouette"] == pytest.approx(-1 / 39 / 1, abs=0.03)
+
+
+def test_neighbours_come_from_other_images():
+    # within each image both points coincide, so that neighbours of the same image would always be right
+    centres = [
+        [1.0, 0.0],
+        [1.0, 0.0],
+        [0.0, 1.0],
+        [0.0, 1.0],
+        [1.0, 0.01],
+        [1.0, 0.01],
+        [0.01, 1.0],
+        [0.01, 1.0],
+    ]
+    found = separation(points_at(centres, [0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 2, 2, 3, 3]))
+    assert found["knn_accuracy"] == 0.0
+
+
+def test_every_class_counts_the_same():
+    centres = [[1.0, 0.0]] * 30 + [[0.0, 1.0]] * 2
+    classes = [0] * 30 + [1, 1]
+    found = separation(points_at(centres, classes, list(range(32))))
+    # the two points of class 1 see one of their own and four of class 0
+    assert found["knn_accuracy"] == 50.0
+
+
+def test_balance_limits_frequent_and_drops_rare_classes():
+    classes = np.repeat([0, 1, 2], [500, 20, 3])
+    points = balance(Points(np.eye(523), classes, np.arange(523)), tsne.ALL_SCALES)
+    values, counts = np.unique(points.classes, return_counts=True)
+    assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == {0: tsne.PER_CLASS, 1: 20}
+    assert (points.features.argmax(1) == points.images).all()
+
+
+def test_scales_are_normalised_before_and_after_joining():
+    maps = [1000 * torch.rand(3, 16, 32), torch.rand(5, 8, 16)]
+    label = np.zeros((64, 128), np.uint8)
+    spaces = spaces_of(maps, Sample(np.zeros((64, 128, 3), np.uint8), label, "x"))
+    assert list(spaces) == [tsne.ALL_SCALES, "scale 0, stride 4", "scale 1, stride 8"]
+    joined = spaces[tsne.ALL_SCALES]
+    assert joined.shape == (8, 16, 32)
+    torch.testing.assert_close(joined.norm(dim=0), torch.ones(16, 32))
+    assert float(joined[3:].norm(dim=0).mean()) == pytest.approx(0.5**0.5, abs=0.03)
+
+
+def test_embedding_is_the_same_each_time():
+    random = np.random.default_rng(0)
+    features = random.normal(size=(40, 5)) + np.repeat(np.eye(2, 5) * 20, 20, 0)
+    points = Points(features.astype(np.float32), np.repeat([0, 1], 20), np.arange(40))
+    plane = embed(points)
+    assert np.array_equal(plane, embed(points))
+    gap = np.linalg.norm(plane[:20].mean(0) - plane[20:].mean(0))
+    assert gap > 2 * plane[:20].std(0).max()
+
+
+def test_too_few_labelled_pixels_is_an_error_that_says_so(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(tsne, "LEAST_PER_CLASS", 10**6)
+    with pytest.raises(MscsError, match="fewer than two classes"):
+        tsne.sample_pixels(runs[0])
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[TrainedRun]:
+    write_dataset("cityscapes", tmp_path / "data", train=1, val=3, image_size=(96, 192), progress=False)
+    found = []
+    for seed, run in enumerate(("cityscapes-upernet-r101-ce", "cityscapes-upernet-r101-ours")):
+        settings = replace(load_params().resolve(run, "mini").settings, channels_last=False)
+        weights = tmp_path / f"{run}.safetensors"
+        save_weights(weights, build_network(settings, 19, seed=seed).state_dict(), {})
+        found.append(TrainedRun(settings, weights, tmp_path / "data", run))
+    return found
+
+
+def test_figure_has_numbers_for_both_runs_and_every_scale(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(tsne, "PER_CLASS", 12)
+    monkeypatch.setattr(tsne, "PER_CLASS_OF_SCALE", 10)
+    write_tsne(*runs, tmp_path, "profile mini: a stamp")
+    found = json.loads((tmp_path / "fig1.json").read_text())
+    assert list(found) == [runs[0].title, runs[1].title, "points"]
+    for run in runs:
+        assert {tsne.ALL_SCALES, "scale 0, stride 4", "scale 2, stride 16"} <= set(found[run.title])
+        assert all(0 <= values["knn_accuracy"] <= 100 for values in found[run.title].values())
+    assert found[runs[0].title] != found[runs[1].title]
+    assert max(found["points"].values()) == tsne.PER_CLASS
+    for name in ("fig1.png", "fig1-scales.png"):
+        assert min(Image.open(tmp_path / name).size) > 1000
+    first = (tmp_path / "fig1.pdf").read_bytes()
+    assert first.startswith(b"%PDF")
+    assert b"/CreationDate" not in first
+    assert not list(tmp_path.glob(".*"))
