@@ -20,7 +20,7 @@ def test_logic_in_the_interpreter() -> None:
     """In its own process, because Triton decides on import whether it compiles or interprets."""
     inner = Path(__file__).with_name("test_triton_interpreted.py")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(inner), "-q", "-p", "no:xdist", f"--rootdir={inner.parents[2]}"],
+        [sys.executable, "-m", "pytest", str(inner), "-p", "no:xdist", f"--rootdir={inner.parents[2]}"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=inner.parents[2],
         capture_output=True,
@@ -28,7 +28,7 @@ def test_logic_in_the_interpreter() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert re.search(r"2[0-9] passed", result.stdout), result.stdout[-500:]
+    assert re.search(r"\b16 passed", result.stdout), result.stdout[-500:]
     assert "skipped" not in result.stdout
 
 
