@@ -215,7 +215,7 @@ class Window(NamedTuple):
             _nearest_pixels(length, size)[start:stop]
             for (start, stop), length, size in zip(self._inside(), source.shape, self.resized, strict=True)
         )
-        return self._framed(source[rows[:, None], columns], fill)
+        return self._framed(source[rows].take(columns, axis=1), fill)
 
     def bilinear(self, source: np.ndarray, fill: int) -> np.ndarray:
         """Return the window of the image (H, W, 3), resized by PIL's bilinear filter."""

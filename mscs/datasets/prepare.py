@@ -119,9 +119,7 @@ def build_cache(name: str, root: Path, folder: Path | None = None, *, progress: 
             `decoded` in the root folder.
         progress: show a bar on stderr.
     """
-    if not (root / MANIFEST).is_file():
-        raise UsageError(f"{root / MANIFEST}: not there. Run `mscs data verify {name} --root {root}` first")
-    manifest = read_json(root / MANIFEST)
+    manifest = _manifest(name, root)
     sums = {line.split(" ", 2)[2]: line.split(" ", 1)[0] for line in manifest["files"]}
     cache = root / CACHE
     if folder is not None and not cache.exists():
@@ -153,10 +151,16 @@ def build_cache(name: str, root: Path, folder: Path | None = None, *, progress: 
     return len(files)
 
 
+def _manifest(name: str, root: Path) -> dict[str, Any]:
+    if not (root / MANIFEST).is_file():
+        raise UsageError(f"{root / MANIFEST}: not there. Run `mscs data verify {name} --root {root}` first")
+    return read_json(root / MANIFEST)
+
+
 def _files(name: str, root: Path) -> list[tuple[str, bool]]:
     """Return path and "is a label" of every file of the splits that are there."""
     files: dict[str, bool] = {}
-    for split in read_json(root / MANIFEST)["splits"]:
+    for split in _manifest(name, root)["splits"]:
         for entry in INDEXERS[name](label_set(name), split, root).entries:
             files |= {entry.image: False, entry.label: True}
     return sorted(files.items())

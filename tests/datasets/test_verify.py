@@ -204,6 +204,8 @@ def test_cache_belongs_to_one_manifest(small):
     root = small("ade20k")
     with pytest.raises(UsageError, match="mscs data verify ade20k"):
         build_cache("ade20k", root, progress=False)
+    with pytest.raises(UsageError, match="mscs data verify ade20k"):
+        cache_bytes("ade20k", root)
     manifest("ade20k", root, progress=False)
     build_cache("ade20k", root, progress=False)
     path = root / build_dataset("ade20k", "train", root).entries[0].image
