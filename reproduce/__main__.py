@@ -10,7 +10,7 @@ from dataclasses import asdict
 from mscs.cli import RESULTS, resolve_all, run_command
 from mscs.errors import UsageError, unknown_name
 from mscs.params import Params, load_params
-from mscs.results import write_json
+from mscs.results import write_json, write_text
 from reproduce import pipeline
 from reproduce.cells import TABLES, cells
 
@@ -49,6 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     resolve = command("resolve", _resolve, "write resolved.json, the settings of every run")
     resolve.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+
+    ledger = command("ledger", _ledger, "print where the sources disagree and what is taken")
+    ledger.add_argument("run", nargs="?", help="only what touches this run")
+    ledger.add_argument("--recipe", choices=("paper", "code", "upstream"), default="paper", help="default: paper")
+    ledger.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = command("verify", _verify, "compare every cell and claim with the paper")
+    verify.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+    verify.add_argument("--json", action="store_true", help="print JSON")
 
     command("params", _parameters, "count the parameters of every network, without allocating weights")
     command("pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables")
@@ -126,6 +135,31 @@ def _report(args: argparse.Namespace) -> None:
     profile = args.profile or load_params().profile
     write_report(profile, RESULTS / profile)
     print(f"report: {(RESULTS / profile / 'report.html').resolve()}")
+
+
+def _ledger(args: argparse.Namespace) -> None:
+    from reproduce.ledger import rows
+
+    if args.run is not None:
+        load_params().run_info(args.run)
+    found = rows(args.run, args.recipe)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for row in found:
+        print(f"{row['id']}\n  {row['sources']}\n  taken by recipe {args.recipe}: {row['taken']}", end="")
+        print(f" ({row['switch']})" if row["switch"] else "", f"\n  {row['why']}\n")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from reproduce.tables import Results
+    from reproduce.verify import verify
+
+    outcome = verify(Results(args.profile or load_params().profile))
+    write_json(outcome.path.with_suffix(".json"), outcome.document)
+    write_text(outcome.path.with_suffix(".md"), outcome.markdown)
+    print(json.dumps(outcome.document, indent=1) if args.json else outcome.markdown)
+    return outcome.exit_code
 
 
 def _resolve(args: argparse.Namespace) -> None:

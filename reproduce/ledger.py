@@ -1,0 +1,54 @@
+"""The ledger: where the sources disagree, what each recipe takes, and which entries touch a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One disagreement.
+
+    `setting` names the setting of params.yaml, or `option` the model option, that switches it; `take` the
+    value under each recipe. An entry with neither is a decision in code.
+    """
+
+    id: str
+    runs: str
+    why: str
+    values: Mapping[str, str]
+    setting: str | None = None
+    option: str | None = None
+    optimizer: str | None = None
+    take: Mapping[str, Any] = field(default_factory=dict)
+
+    def touches(self, run: str) -> bool:
+        """Return whether the entry applies to a run, by its id."""
+        return fnmatchcase(run, self.runs)
+
+
+@cache
+def entries() -> tuple[Entry, ...]:
+    """Return reproduce/ledger.yaml."""
+    text = Path(__file__).with_name("ledger.yaml").read_text()
+    return tuple(Entry(**block) for block in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+def rows(run: str | None = None, recipe: str = "paper") -> list[dict[str, str]]:
+    """Return the entries that touch `run` (None: all) as text: id, what the sources say, what is taken, why."""
+    return [
+        {
+            "id": entry.id,
+            "sources": "; ".join(f"{source}: {value}" for source, value in entry.values.items()),
+            "taken": str(entry.take[recipe]) if entry.take else "see why",
+            "switch": entry.setting or (f"model_options.{entry.option}" if entry.option else ""),
+            "why": entry.why,
+        }
+        for entry in entries()
+        if run is None or entry.touches(run)
+    ]
