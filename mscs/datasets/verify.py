@@ -60,7 +60,8 @@ def verify(
 
     Args:
         name: cityscapes, ade20k, pascal_context or cadis.
-        root: the dataset's root folder; `manifest.json` is written into it when all is well.
+        root: the dataset's root folder; `manifest.json` is written into it when all is well
+            and the folder can be written to.
         task: CaDIS only; does not change the outcome.
         workers: threads; None means one per core.
         progress: show a bar on stderr.
@@ -87,7 +88,7 @@ def verify(
         "digest": _digest(listing),
         "files": listing,
     }
-    if not problems:
+    if not problems and os.access(root, os.W_OK):  # data may be mounted read-only
         write_json(root / MANIFEST, found)
     return Report(found, problems)
 
