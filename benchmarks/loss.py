@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mscs.losses import MultiScaleContrastiveLoss, contrastive_loss
-from mscs.losses.sampling import choose_balanced, gather_pixels
+from mscs.losses.sampling import BalancedDraw, Selection, gather_pixels, select
 
 ROWS = (500, 2_000, 10_000, 16_384, 32_768, 65_536, 98_304)
 CROSS = ((10_000, 1_024), (10_000, 4_096), (65_536, 1_024), (65_536, 4_096))
@@ -252,17 +252,20 @@ def loop_gather(features: Tensor, chosen: list[tuple[int, int, Tensor]]) -> Tens
     return torch.cat([flat[image, :, pixels].T for image, _, pixels in chosen])
 
 
+def sort_choose(labels: Tensor) -> Selection:
+    """Choose the same number of pixels by our sort."""
+    return select([BalancedDraw(labels, 255, 5, 2500, 10_000)])[0]
+
+
 def bench_sampling(machine: Machine, options: argparse.Namespace) -> list:
     """Time choosing pixels of a 2 x 128 x 256 map, alone and with the gather of their features."""
     labels = label_map(machine, 128, 256)
     features = torch.randn(2, CHANNELS, 128, 256, device=machine.device)
     ways: dict[str, Callable[[], object]] = {
         "indices, loop": lambda: loop_choose(labels),
-        "indices, ours": lambda: choose_balanced(labels, 255, 5, 2500, 10_000),
+        "indices, ours": lambda: sort_choose(labels),
         "with gather, loop": lambda: loop_gather(features, loop_choose(labels)),
-        "with gather, ours": lambda: gather_pixels(
-            features, choose_balanced(labels, 255, 5, 2500, 10_000).positions
-        ),
+        "with gather, ours": lambda: gather_pixels(features, sort_choose(labels).positions),
     }
     results = []
     for method, way in ways.items():

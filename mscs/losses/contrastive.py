@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mscs.losses.sampling import gather_pixels
 from mscs.losses.tiled import TiledEngine
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
@@ -112,8 +113,8 @@ def prepare(features: Tensor, normalize: bool = True) -> Tensor:
 
 def sort_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Order rows by class."""
-    labels, order = torch.sort(labels, stable=True)
-    return rows[order], labels
+    labels, order = torch.sort(labels.long(), stable=True)
+    return gather_pixels(rows[:, :, None, None], order), labels
 
 
 def sorted_loss(
@@ -135,7 +136,6 @@ def sorted_loss(
     if name == "reference":
         same = x_labels[:, None] == column_labels
         return _dense(x @ columns.T / temperature, same, exclude_diagonal=y is None)
-    column_labels = column_labels.to(x_labels.dtype)
     start = torch.searchsorted(column_labels, x_labels)
     end = torch.searchsorted(column_labels, x_labels, right=True)
     bounded = unit and 2 / temperature <= _BOUNDED_EXPONENT
@@ -198,7 +198,7 @@ class _FusedLoss(torch.autograd.Function):
             raise RuntimeError('contrastive_loss: second derivatives need backend "reference"')
         with torch.autocast(grad.device.type, enabled=False):
             dx, dy = ctx.engine.gradients(*ctx.saved_tensors, need_y=ctx.needs_input_grad[1])
-            dx, dy = (None if d is None else d[:, : ctx.channels] * grad for d in (dx, dy))
+            dx, dy = (None if d is None else d[:, : ctx.channels].mul_(grad) for d in (dx, dy))
         return dx, dy, None, None, None
 
 

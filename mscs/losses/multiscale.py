@@ -153,26 +153,25 @@ class MultiScaleContrastiveLoss(nn.Module):
         if len(generators) != count:
             raise ValueError(f"{len(generators)} generators for {count} groups of images")
         reduced = [sampling.downsample_labels(labels, *feature.shape[-2:]) for feature in features]
-        result = []
-        for group, source in enumerate(generators):
-            part = slice(group * per_group, (group + 1) * per_group)
-            result.append(
-                [self._sample(f[part], r[part], source) for f, r in zip(features, reduced, strict=True)]
-            )
-        return result
+        parts = [slice(first, first + per_group) for first in range(0, len(labels), per_group)]
+        draws = [
+            self._draw(r[part], source)
+            for part, source in zip(parts, generators, strict=True)
+            for r in reduced
+        ]
+        chosen = iter(sampling.select(draws))
+        return [[self._rows(f[part], next(chosen)) for f in features] for part in parts]
 
-    def _sample(
-        self, features: Tensor, labels: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, int, int]:
+    def _draw(self, labels: Tensor, generator: torch.Generator | None) -> sampling.Draw:
         if self.sampling == "all":
-            chosen = sampling.choose_all(labels, self.ignore_index)
-        else:
-            chosen = sampling.choose_balanced(
-                labels, self.ignore_index, self.min_views, self.max_views, self.max_anchors, generator
-            )
+            return sampling.FullDraw(labels, self.ignore_index)
+        caps = self.min_views, self.max_views, self.max_anchors
+        return sampling.BalancedDraw(labels, self.ignore_index, *caps, generator)
+
+    def _rows(self, features: Tensor, chosen: sampling.Selection) -> tuple[Tensor, Tensor, int, int]:
         classes, order = torch.sort(chosen.labels, stable=True)
         rows = sampling.gather_pixels(features, chosen.positions[order])
-        with torch.autocast(labels.device.type, enabled=False):
+        with torch.autocast(features.device.type, enabled=False):
             return contrastive.prepare(rows), classes, chosen.groups, chosen.views
 
     def _term(

@@ -1,11 +1,12 @@
 """Which pixels become anchors: equally many from every class of every image, by one sort of one key.
 
 A pixel's key is (image, class, 40 random bits). After sorting, each (image, class) set is one contiguous
-run in random order, so its first V entries are a uniform draw without replacement. One host
-synchronisation per call reads T, V and whether the labels were valid.
+run in random order, so its first V entries are a uniform draw without replacement. The host must know T
+and V; one synchronisation reads them for any number of maps, and whether the labels were valid.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def sample_anchors(
     """
     check_maps([features], labels)
     reduced = downsample_labels(labels, features.shape[-2], features.shape[-1])
-    chosen = choose_balanced(reduced, ignore_index, min_views, max_views, max_anchors, generator)
+    draw = BalancedDraw(reduced, ignore_index, min_views, max_views, max_anchors, generator)
+    (chosen,) = select([draw])
     return Anchors(gather_pixels(features, chosen.positions), chosen.labels, chosen.groups, chosen.views)
 
 
@@ -96,48 +98,81 @@ def downsample_labels(labels: Tensor, height: int, width: int) -> Tensor:
     return labels[:, rows[:, None], columns]
 
 
-def choose_balanced(
-    labels: Tensor,
-    ignore_index: int,
-    min_views: int,
-    max_views: int,
-    max_anchors: int,
-    generator: torch.Generator | None = None,
-) -> Selection:
-    """Choose V random pixels from each (image, class) set of a (B, h, w) map; see `sample_anchors`."""
-    if min(min_views, max_views, max_anchors) < 1:
-        raise ValueError("min_views, max_views and max_anchors must be at least 1")
-    classes, valid, invalid = _classes(labels, ignore_index)
-    if labels.numel() == 0:
-        return Selection(classes.flatten(), classes.flatten(), 0, 0)
-    images = torch.arange(len(labels), device=labels.device)
-    sets = ((images << _CLASS_BITS)[:, None] | classes).flatten()
-    device = labels.device if generator is None else generator.device
-    noise = torch.randint(1 << _RANDOM_BITS, sets.shape, generator=generator, device=device).to(sets.device)
-    order = torch.sort(((sets << _RANDOM_BITS) | noise).where(valid, _LAST)).indices
-    size = sets.new_zeros(len(labels) << _CLASS_BITS).scatter_add_(0, sets, valid.long())
-    usable = size >= min_views
-    smallest = size.where(usable, len(sets)).amin()
-    groups, views = _read(usable.sum(), smallest, invalid)
-    if groups == 0:
-        return Selection(order[:0], order[:0], 0, 0)
-    views = max(1, min(views, max_views, max_anchors // groups))
-    chosen = torch.sort(usable, descending=True, stable=True).indices[:groups]
-    start = (size.cumsum(0) - size)[chosen]
-    positions = order[(start[:, None] + torch.arange(views, device=labels.device)).flatten()]
-    drawn = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=groups * views)
-    return Selection(positions, drawn, groups, views)
+class Draw(Protocol):
+    """A choice of pixels that is ready on the device but for two counts that the host must know."""
+
+    counts: Tensor
+    """(3,) int64: the two arguments of `select`, and whether a label is invalid."""
+
+    def select(self, first: int, second: int) -> Selection:
+        """Return the chosen pixels."""
 
 
-def choose_all(labels: Tensor, ignore_index: int) -> Selection:
-    """Choose every pixel of a (B, h, w) map that is not ignored, ordered by class; views is 0."""
-    classes, valid, invalid = _classes(labels, ignore_index)
-    images = torch.arange(len(labels), device=labels.device)
-    sets = ((images << _CLASS_BITS)[:, None] | classes).flatten()
-    present = sets.new_zeros(len(labels) << _CLASS_BITS).scatter_add_(0, sets, valid.long()) > 0
-    ordered, order = torch.sort(classes.flatten().where(valid, _CLASSES), stable=True)
-    count, groups = _read(valid.sum(), present.sum(), invalid)
-    return Selection(order[:count], ordered[:count], groups, 0)
+def select(draws: Sequence[Draw]) -> list[Selection]:
+    """Finish any number of draws in one host synchronisation.
+
+    Raises:
+        ValueError: a label is neither 0..4095 nor the ignored one.
+    """
+    counts = torch.stack([draw.counts for draw in draws]).tolist()
+    if any(invalid for _, _, invalid in counts):
+        raise ValueError(
+            f"labels must be 0..{_CLASSES - 1} or ignore_index; found values outside. "
+            "Map them, or set ignore_index to the value of the pixels that do not count"
+        )
+    return [draw.select(first, second) for draw, (first, second, _) in zip(draws, counts, strict=True)]
+
+
+class BalancedDraw:
+    """V random pixels from each (image, class) set of a (B, h, w) map, by image, then class."""
+
+    def __init__(
+        self,
+        labels: Tensor,
+        ignore_index: int,
+        min_views: int,
+        max_views: int,
+        max_anchors: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if min(min_views, max_views, max_anchors) < 1:
+            raise ValueError("min_views, max_views and max_anchors must be at least 1")
+        self.max_views, self.max_anchors = max_views, max_anchors
+        sets, valid, invalid = _sets(labels, ignore_index)
+        device = labels.device if generator is None else generator.device
+        noise = torch.randint(1 << _RANDOM_BITS, sets.shape, generator=generator, device=device)
+        key = (sets << _RANDOM_BITS) | noise.to(labels.device)
+        self.order = torch.sort(key.where(valid, _LAST)).indices
+        self.size = _sizes(sets, valid, len(labels))
+        self.usable = self.size >= min_views
+        smallest = self.size.where(self.usable, len(sets)).amin()
+        self.counts = torch.stack((self.usable.sum(), smallest, invalid))
+
+    def select(self, groups: int, smallest: int) -> Selection:
+        """Return the chosen pixels."""
+        if groups == 0:
+            return Selection(self.order[:0], self.order[:0], 0, 0)
+        views = max(1, min(smallest, self.max_views, self.max_anchors // groups))
+        chosen = torch.sort(self.usable, descending=True, stable=True).indices[:groups]
+        start = (self.size.cumsum(0) - self.size)[chosen]
+        positions = self.order[(start[:, None] + torch.arange(views, device=start.device)).flatten()]
+        classes = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=groups * views)
+        return Selection(positions, classes, groups, views)
+
+
+class FullDraw:
+    """Every pixel of a (B, h, w) map that is not ignored, by class; V is not constant and given as 0."""
+
+    def __init__(self, labels: Tensor, ignore_index: int) -> None:
+        sets, valid, invalid = _sets(labels, ignore_index)
+        classes = (sets & (_CLASSES - 1)).where(valid, _CLASSES)
+        self.classes, self.order = torch.sort(classes, stable=True)
+        groups = (_sizes(sets, valid, len(labels)) > 0).sum()
+        self.counts = torch.stack((valid.sum(), groups, invalid))
+
+    def select(self, count: int, groups: int) -> Selection:
+        """Return the chosen pixels."""
+        return Selection(self.order[:count], self.classes[:count], groups, 0)
 
 
 def gather_pixels(features: Tensor, positions: Tensor) -> Tensor:
@@ -171,22 +206,18 @@ class _GatherPixels(torch.autograd.Function):
         return result, None
 
 
-def _classes(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return classes (B, h*w) with 0 where ignored, the flat mask of the others, and if any is invalid."""
+def _sets(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return per pixel its set, image and class in one number, whether it counts; and if any is invalid."""
     if len(labels) > _MAX_IMAGES:
         raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
     classes = labels.flatten(1).long()
     valid = classes != ignore_index
     classes = classes.where(valid, 0)
-    return classes & (_CLASSES - 1), valid.flatten(), (classes >> _CLASS_BITS).any()
+    images = torch.arange(len(labels), device=labels.device)[:, None]
+    sets = (images << _CLASS_BITS) | (classes & (_CLASSES - 1))
+    return sets.flatten(), valid.flatten(), (classes >> _CLASS_BITS).any().long()
 
 
-def _read(first: Tensor, second: Tensor, invalid: Tensor) -> tuple[int, int]:
-    """Bring two counts to the host, with the verdict on the labels, in the one synchronisation."""
-    first_value, second_value, is_invalid = torch.stack((first, second, invalid.long())).tolist()
-    if is_invalid:
-        raise ValueError(
-            f"labels must be 0..{_CLASSES - 1} or ignore_index; found values outside. "
-            "Map them, or set ignore_index to the value of the pixels that do not count"
-        )
-    return first_value, second_value
+def _sizes(sets: Tensor, valid: Tensor, images: int) -> Tensor:
+    """Return the number of valid pixels of every possible set."""
+    return sets.new_zeros(max(1, images) << _CLASS_BITS).scatter_add_(0, sets, valid.long())

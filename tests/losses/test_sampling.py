@@ -4,12 +4,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mscs.losses import sample_anchors
-from mscs.losses.sampling import choose_all, choose_balanced, downsample_labels, gather_pixels
+from mscs.losses import MultiScaleContrastiveLoss, sample_anchors
+from mscs.losses.sampling import BalancedDraw, FullDraw, Selection, downsample_labels, gather_pixels, select
 
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def choose_balanced(labels: Tensor, *settings) -> Selection:
+    return select([BalancedDraw(labels, *settings)])[0]
+
+
+def choose_all(labels: Tensor, ignore_index: int) -> Selection:
+    return select([FullDraw(labels, ignore_index)])[0]
 
 
 def _numbered(labels: Tensor) -> Tensor:
@@ -162,16 +170,18 @@ class _Synchronising(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("choose", ["balanced", "all"])
-def test_one_host_synchronisation(choose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sampling", ["balanced", "all"])
+def test_one_host_synchronisation(sampling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.randint(5, (2, 16, 16), generator=_generator())
     reads = []
     read = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: reads.append(1) or read(self))
+    loss = MultiScaleContrastiveLoss(
+        scale_weights=(1.0, 0.5), cross_pairs=((0, 1),), images_per_group=1, sampling=sampling
+    )
     with _Synchronising() as operations:
-        chosen = choose_all(labels, 255) if choose == "all" else choose_balanced(labels, 255, 5, 99, 999)
-        gather_pixels(torch.zeros(2, 3, 16, 16), chosen.positions)
-    assert len(reads) == 1
+        loss._sampled_groups([torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 8, 8)], labels, None)
+    assert len(reads) == 1, "for all scales and groups together"
     assert operations.found == []
 
 
