@@ -144,7 +144,7 @@ def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray, most: in
 def _draw(
     rows: list[Row], dataset: Dataset, titles: tuple[str, str], folder: Path, name: str, stamp: str
 ) -> None:
-    margin, foot, head = 0.25, 0.62, 0.2
+    margin, foot, head = 0.25, 0.86, 0.2
     width = (COLUMN - margin) / 4
     heights = [width * row.label.shape[0] / row.label.shape[1] + 0.04 for row in rows]
     height = sum(heights) + head + foot
@@ -218,14 +218,14 @@ def _legends(figure: plt.Figure, rows: list[Row], dataset: Dataset, height: floa
         for side, (color, dash) in SIDES.items()
     ]
     figure.legend(
-        handles=lines, **(style | {"handlelength": 2.5}), ncols=2, bbox_to_anchor=(0.5, 0.6 / height)
+        handles=lines, **(style | {"handlelength": 2.5}), ncols=2, bbox_to_anchor=(0.5, 0.84 / height)
     )
     figure.legend(
         handles=handles,
         **style,
-        ncols=7,
+        ncols=5,
         fontsize=5,
         columnspacing=0.9,
         labelspacing=0.25,
-        bbox_to_anchor=(0.5, 0.47 / height),
+        bbox_to_anchor=(0.5, 0.71 / height),
     )
