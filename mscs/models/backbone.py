@@ -1,6 +1,6 @@
 """Backbones: timm's networks as feature pyramids, with the corrections that segmentation needs.
 
-The only file that knows timm. A backbone returns its feature maps as (B, C, H/s, W/s), fine to coarse.
+The only file that imports timm. A backbone returns its feature maps as (B, C, H/s, W/s), fine to coarse.
 """
 
 import difflib
@@ -224,7 +224,7 @@ def build_backbone(
     backbone: Backbone
     try:
         if architecture.startswith("hrnet"):
-            backbone = _build_hrnet(name, drop_path_rate, options, fuse_align_corners)
+            backbone = _build_hrnet(name, drop_path_rate, output_stride, options, fuse_align_corners)
         elif architecture.startswith("swin_"):
             backbone = _build_swin(name, drop_path_rate, output_stride, options)
         else:
@@ -313,11 +313,11 @@ def _only_stride_32(name: str, output_stride: int) -> None:
 
 
 def _build_hrnet(
-    name: str, drop_path_rate: float | None, options: dict[str, Any], align_corners: bool
+    name: str, drop_path_rate: float | None, output_stride: int, options: dict[str, Any], align_corners: bool
 ) -> HRNetBackbone:
+    _only_stride_32(name, output_stride)
     if drop_path_rate:
         raise UsageError(f"backbone {name!r} has no drop path, found drop_path_rate={drop_path_rate}")
-    # a head that dilates other backbones takes HRNet as it is: its finest branch has stride 4
     body = timm.create_model(
         name, features_only=True, feature_location="", out_indices=(1, 2, 3, 4), **options
     )

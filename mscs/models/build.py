@@ -56,6 +56,8 @@ def build_model(
     settings = MODEL_OPTIONS[name] | options
     body_names = (*BACKBONE_DEFAULTS, *FUSION_DEFAULTS, "output_stride")
     body_settings = {key: settings.pop(key) for key in body_names if key in settings}
+    if body_settings.get("output_stride", 32) is None:
+        body_settings["output_stride"] = 32 if backbone.startswith("hrnet") else 8
     body = build_backbone(backbone, pretrained=pretrained, **body_settings)  # type: ignore[arg-type]
     return BUILDERS[name](body, num_classes, projector, **settings)
 

@@ -28,7 +28,7 @@ MODEL_OPTIONS: dict[str, dict[str, object]] = {
         **COMMON_DEFAULTS,
         **FUSION_DEFAULTS,
         "align_corners": True,
-        "output_stride": 8,  # of backbones other than HRNet
+        "output_stride": None,  # None: 8, or 32 for HRNet, which keeps a branch at stride 4
         "mid_channels": 512,
         "key_channels": 256,
         "aux_channels": None,  # None: mid_channels; upstream: 720

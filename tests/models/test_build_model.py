@@ -68,6 +68,8 @@ def test_output_stride_can_be_left_alone():
         (("hrnet", "hrnet_w48", 1), {}, "num_classes must be at least 2"),
         (("hrnet", "hrnet_w48", 19), {"drop_path_rate": 0.1}, "no drop path"),
         (("deeplabv3", SWIN, 19), {}, "output stride 32 only"),
+        (("deeplabv3", "hrnet_w18_small", 19), {}, "output stride 32 only"),
+        (("ocrnet", "hrnet_w18_small", 19), {"output_stride": 8}, "output stride 32 only"),
         (("upernet", "vit_tiny_patch16_224", 19), {}, "four maps, from stride 4"),
         (("upernet", "resnet18", 19), {"backbone_options": {"nonsense": 1}}, "cannot make.*nonsense"),
         (("upernet", "resnet18", 19), {"aux_index": 4}, "from 0 to 3, found 4"),
