@@ -33,7 +33,9 @@ def data(profile: str, dataset: str) -> None:
         _draw(dataset, root, settings)
     else:
         root = Path(os.environ.get("MSCS_DATA", "data")) / dataset
-    write_json(RESULTS / profile / "data" / f"{dataset}.json", manifest(dataset, root, settings["task"]))
+    facts = manifest(dataset, root, settings["task"])
+    del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
+    write_json(RESULTS / profile / "data" / f"{dataset}.json", facts)
 
 
 def train(profile: str, run: str) -> int:
