@@ -25,6 +25,7 @@ from mscs.datasets import Dataset
 from reproduce.style import COLUMN, paper_style, save
 from reproduce.trained import TrainedRun
 
+COLUMNS = ("image", "ground truth", "CE", "CE + ours")
 RANKS = ("best", "median", "worst")
 ROWS_PER_RANK = 2
 BOXES = 3
@@ -81,8 +82,9 @@ def write_comparisons(
     gains = scores[:, 1] - scores[:, 0]
     rows = [_row(baseline, ours, dataset, i, rank, scores[i]) for i, rank in choose_rows(gains)]
     with paper_style():
-        _draw(rows, dataset, (baseline.title, ours.title), folder, figure, stamp)
+        _draw(rows, dataset, folder, figure, stamp)
     return {
+        "runs": {"baseline": baseline.title, "ours": ours.title},
         "images": len(gains),
         "mean_gain": float(gains.mean()),
         "ours_better": int((gains > 0).sum()),
@@ -141,9 +143,7 @@ def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray, most: in
     return sorted(boxes, key=lambda box: (-box.pixels, box.y, box.x))[:most]
 
 
-def _draw(
-    rows: list[Row], dataset: Dataset, titles: tuple[str, str], folder: Path, name: str, stamp: str
-) -> None:
+def _draw(rows: list[Row], dataset: Dataset, folder: Path, name: str, stamp: str) -> None:
     margin, foot, head = 0.25, 0.86, 0.2
     width = (COLUMN - margin) / 4
     heights = [width * row.label.shape[0] / row.label.shape[1] + 0.04 for row in rows]
@@ -163,7 +163,7 @@ def _draw(
         for axis, panel in zip(line, panels, strict=True):
             _show(axis, panel, row.boxes)
         line[0].set_ylabel(f"{row.rank}\n{row.gain:+.1f}", fontsize=5.5, labelpad=2)
-    for axis, title in zip(axes[0], ("image", "ground truth", *titles), strict=True):
+    for axis, title in zip(axes[0], COLUMNS, strict=True):
         axis.set_title(title, pad=2.5)
     _legends(figure, rows, dataset, height)
     save(figure, folder, name, stamp)

@@ -6,8 +6,6 @@ Reads finished files only (and so starts quickly); what has not been made yet is
 import base64
 import csv
 import hashlib
-import importlib
-import importlib.util
 import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mscs.results import read_json, write_text
+from reproduce import ledger
 from reproduce.cells import TABLES, claims, table_block
 from reproduce.tables import Results, notes
 
@@ -103,7 +102,7 @@ def write_report(profile: str, folder: Path) -> None:
         "cost_header": COSTS,
         "costs": [_cost(run, record, results) for run, record in records.items() if record],
         "provenance": provenance(folder, [record for record in records.values() if record]),
-        "ledger": ledger_grid(),
+        "ledger": ledger_grid(records),
     }
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -333,12 +332,15 @@ def _distinct(values: Iterable[str]) -> list[str]:
     return [value if len(counts) == 1 else f"{value} ({n} runs)" for value, n in counts.items()]
 
 
-def ledger_grid() -> list[list[str]]:
-    """Return header and rows of the ledger of disagreements between the sources, if there is one."""
-    if importlib.util.find_spec("reproduce.ledger") is None:
-        return []
-    rows = [dict(row) for row in importlib.import_module("reproduce.ledger").rows()]
-    return [list(rows[0]), *([str(value) for value in row.values()] for row in rows)] if rows else []
+def ledger_grid(records: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return header and rows of the ledger's entries that touch any of the runs, in the ledger's order."""
+    found = {
+        row["id"]: row
+        for run, record in records.items()
+        for row in ledger.rows(run, record.get("settings", {}).get("recipe", "paper"))
+    }
+    rows = [found[row["id"]] for row in ledger.rows() if row["id"] in found]
+    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
 
 
 def _read(path: Path) -> dict[str, Any]:

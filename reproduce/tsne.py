@@ -32,6 +32,7 @@ from reproduce.style import COLUMN, class_marker, paper_style, point_legend, sav
 from reproduce.trained import TrainedRun
 
 SEED = 0
+NETWORKS = ("without the contrastive loss", "with the contrastive loss")
 ALL_SCALES = "all scales"
 PER_CLASS = 50
 PER_CLASS_OF_SCALE = 20
@@ -50,13 +51,13 @@ class Points:
 
 def write_tsne(baseline: TrainedRun, ours: TrainedRun, folder: Path, stamp: str) -> None:
     """Write fig1.png, fig1.pdf, fig1-scales.png and fig1.json into `folder`."""
-    sampled = {run.title: sample_pixels(run) for run in (baseline, ours)}
+    sampled = dict(zip(NETWORKS, map(sample_pixels, (baseline, ours)), strict=True))
     measured = {
         run: {space: separation(points) for space, points in spaces.items()}
         for run, spaces in sampled.items()
     }
     dataset = baseline.dataset()
-    classes = sampled[baseline.title][ALL_SCALES].classes
+    classes = sampled[NETWORKS[0]][ALL_SCALES].classes
     counts = {dataset.classes[i]: int((classes == i).sum()) for i in np.unique(classes)}
     write_json(folder / "fig1.json", {**measured, "points": counts})
     # one thread for each embedding: so few points gain nothing from more
@@ -159,11 +160,14 @@ def separation(points: Points) -> dict[str, float]:
     within = float(np.diag(means).mean())
     between = float(means[~np.eye(len(values), dtype=bool)].mean())
     silhouettes = silhouette_samples(distance, classes, metric="precomputed")
-    return {
-        "knn_accuracy": 100 * float((member.T @ _knn_hits(distance, index, points.images) / sizes).mean()),
+    hits = _knn_hits(distance, index, points.images)
+    found = {
+        "knn_accuracy": 100 * float((member.T @ hits / sizes).mean()),
         "silhouette": float((member.T @ silhouettes / sizes).mean()),
         "distance_ratio": within / between,
     }
+    # the last digits depend on the number of threads that form the sums
+    return {name: round(value, 6) for name, value in found.items()}
 
 
 def _knn_hits(distance: np.ndarray, index: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -150,6 +150,8 @@ def test_page_shows_results_and_what_they_were_made_with(html):
     assert "bus &lt;&amp;&gt;" in html
     assert "bus <&>" not in html
     assert html.count("Not made yet.") == 2
+    assert "weight-decay-cityscapes" in html
+    assert "learning-rate-ocrnet-ade20k" not in html
 
 
 def test_markdown_tells_the_same(folder, html):
