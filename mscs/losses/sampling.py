@@ -140,8 +140,11 @@ class BalancedDraw:
         self.max_views, self.max_anchors = max_views, max_anchors
         sets, valid, invalid = _sets(labels, ignore_index)
         device = labels.device if generator is None else generator.device
-        noise = torch.randint(1 << _RANDOM_BITS, sets.shape, generator=generator, device=device)
-        key = (sets << _RANDOM_BITS) | noise.to(labels.device)
+        pinned = labels.is_cuda and device.type == "cpu"  # a copy from pageable memory would synchronise
+        noise = torch.randint(
+            1 << _RANDOM_BITS, sets.shape, generator=generator, device=device, pin_memory=pinned
+        )
+        key = (sets << _RANDOM_BITS) | noise.to(labels.device, non_blocking=True)
         self.order = torch.sort(key.where(valid, _LAST)).indices
         self.size = _sizes(sets, valid, len(labels))
         self.usable = self.size >= min_views
@@ -153,7 +156,7 @@ class BalancedDraw:
         if groups == 0:
             return Selection(self.order[:0], self.order[:0], 0, 0)
         views = max(1, min(smallest, self.max_views, self.max_anchors // groups))
-        chosen = torch.sort(self.usable, descending=True, stable=True).indices[:groups]
+        chosen = torch.sort(self.usable.int(), descending=True, stable=True).indices[:groups]
         start = (self.size.cumsum(0) - self.size)[chosen]
         positions = self.order[(start[:, None] + torch.arange(views, device=start.device)).flatten()]
         classes = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=groups * views)
