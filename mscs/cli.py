@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse `argv`, call the chosen handler and turn errors into messages and exit codes."""
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.handler(args) or 0)
     except MscsError as error:
@@ -158,7 +159,7 @@ def _train(args: argparse.Namespace) -> int:
     else:
         processes = _gpu_count(args.device)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _launch(processes)
+        return _launch(processes, args.argv)
     root = args.data_root or data_root(settings)
     _require_data(settings, root)
 
@@ -219,10 +220,10 @@ def _gpu_count(device: str) -> int:
     return max((n for n in (1, 2, 4) if n <= count), default=1)
 
 
-def _launch(processes: int) -> int:
+def _launch(processes: int, argv: list[str]) -> int:
     """Run the same command under torchrun with this many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, "-m", "mscs", *sys.argv[1:]], check=False).returncode
+    return subprocess.run([*command, "-m", "mscs", *argv], check=False).returncode
 
 
 def _require_data(settings: Settings, root: Path) -> None:
