@@ -35,6 +35,8 @@ def data(profile: str, dataset: str) -> None:
         root = Path(os.environ.get("MSCS_DATA", "data")) / dataset
     facts = manifest(dataset, root, settings["task"])
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
+    if settings["data_source"] == "generated":
+        facts["colour_miou"] = _colour_miou(dataset, root, settings["task"])
     write_json(RESULTS / profile / "data" / f"{dataset}.json", facts)
 
 
@@ -109,6 +111,13 @@ def _draw(dataset: str, root: Path, settings: dict[str, Any]) -> None:
         val=settings["val_images"],
         image_size=tuple(settings["image_size"]),
     )
+
+
+def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
+    from mscs.datasets import build_dataset
+    from reproduce.baselines import colour_miou
+
+    return colour_miou(*(build_dataset(dataset, split, root, task) for split in ("train", "val")))
 
 
 def _ready(profile: str, run: str) -> Settings:
