@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", type=Path, help="weights file (default: those of the run)")
     evaluate.add_argument("--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only")
     evaluate.add_argument("--split", default="val", help="split to score (default: val)")
+    evaluate.add_argument("--boundary", action="store_true", help="boundary IoU too")
+    evaluate.add_argument(
+        "--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format"
+    )
 
     from mscs.datasets.commands import add_data_commands
 
@@ -200,8 +204,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     folder = run_folder(settings, args)
     files = TrainFiles(WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder)
     weights = {seed: args.checkpoint or files.weights(seed) for seed in settings.seeds}
+    save = None
+    if args.save_predictions is not None:
+        from mscs.predictions import prediction_saver
+
+        save = prediction_saver(args.save_predictions)
     with join_world(args.device) as world:
-        record, matrices = evaluate_run(settings, root, weights, world, split=args.split)
+        record, matrices = evaluate_run(
+            settings, root, weights, world, split=args.split, boundary=args.boundary, save=save
+        )
         if world.is_main:
             write_json(files.results / "evaluation.json", record)
             write_json(files.results / "confusion.json", {k: nonzero(m) for k, m in matrices.items()})

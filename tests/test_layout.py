@@ -8,7 +8,7 @@ import pytest
 LAYERS = [
     {"errors", "seeding", "distributed", "metrics", "results", "provenance"},
     {"datasets", "transforms", "models", "losses", "optim"},
-    {"params", "loader", "checkpoint", "inference"},
+    {"params", "loader", "checkpoint", "inference", "predictions"},
     {"engine"},
     {"evaluation"},
     {"cli"},

@@ -1,0 +1,167 @@
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+
+from mscs.cli import main
+from mscs.distributed import World
+from mscs.engine import build_network, open_dataset
+from mscs.evaluation import build_protocol, evaluate_model, evaluate_run, scored_label
+from mscs.inference import Predictor
+from mscs.metrics import scores
+from mscs.models import ModelOutput
+from mscs.params import load_params
+from mscs.predictions import prediction_saver
+
+ROOT = Path(__file__).parent.parent
+CITYSCAPES = "cityscapes-hrnet-hr48-ce-b8-40k"
+CADIS = "cadis-ocrnet-r50-ce"
+
+
+class ColourRule(nn.Module):
+    """A fixed convolution: predictions that depend on the image and are never all of one class."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.weight = torch.randn(classes, 3, 3, 3, generator=torch.Generator().manual_seed(3))
+
+    def forward(self, images):
+        return ModelOutput(F.conv2d(images, self.weight, padding=1), None, None)
+
+
+def pieces(run, root):
+    settings = load_params(ROOT / "params.yaml").resolve(run, "mini").settings
+    dataset = open_dataset(settings, "val", root)
+    return settings, dataset, Predictor(ColourRule(dataset.num_classes), build_protocol(settings))
+
+
+def world(rank=0, size=1):
+    return World(rank, size, torch.device("cpu"))
+
+
+def test_the_scores_are_those_of_the_official_cityscapes_evaluation(generated, tmp_path):
+    official = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    root = generated("cityscapes")
+    settings, dataset, predictor = pieces(CITYSCAPES, root)
+    save = prediction_saver(tmp_path)
+
+    tally = evaluate_model(
+        predictor,
+        dataset,
+        settings,
+        world(),
+        multi_scale=False,
+        boundary=True,
+        on_prediction=lambda sample, prediction: save("ss", dataset, sample, prediction),
+    )
+    args = official.args
+    args.quiet, args.JSONOutput, args.evalInstLevelScore = True, False, False
+    args.predictionPath, args.predictionWalk = str(tmp_path / "ss"), None
+    truths = [str(root / entry.label) for entry in dataset.entries]
+    written = [official.getPrediction(args, truth) for truth in truths]
+    theirs = official.evaluateImgLists(written, truths, args)
+    ours = scores(tally.confusion, "skip")
+    for name, value in zip(dataset.classes, ours["class_iou"], strict=True):
+        expected = theirs["classScores"][name]
+        assert (value is None and np.isnan(expected)) or value == pytest.approx(100 * expected, abs=1e-9)
+    assert ours["miou"] == pytest.approx(100 * theirs["averageScoreClasses"], abs=1e-9)
+    assert 0 < ours["miou"] < 100
+    assert tally.boundary.shape == (2, 19)
+
+
+def one_of_two(rank, folder, root):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    settings, dataset, predictor = pieces(CITYSCAPES, root)
+    tally = evaluate_model(predictor, dataset, settings, world(rank, 2), multi_scale=True, boundary=True)
+    torch.save(tuple(tally), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_count_what_one_counts(generated, tmp_path):
+    root = generated("cityscapes")
+    mp.spawn(one_of_two, (str(tmp_path), root), nprocs=2)
+    settings, dataset, predictor = pieces(CITYSCAPES, root)
+    alone = evaluate_model(predictor, dataset, settings, world(), multi_scale=True, boundary=True)
+    assert alone.confusion.dtype == torch.int64
+    for rank in (0, 1):
+        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), alone, strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_mirrored_rows_of_cadis_count_but_are_not_saved(generated):
+    settings, dataset, predictor = pieces(CADIS, generated("cadis"))
+    assert settings.score_padding
+    seen = []
+    tally = evaluate_model(
+        predictor,
+        dataset,
+        settings,
+        world(),
+        multi_scale=False,
+        on_prediction=lambda *pair: seen.append(pair),
+    )
+    labels = [scored_label(sample, settings) for sample, _ in seen]
+    assert tally.confusion.sum() == sum((label != 255).sum() for label in labels)
+    for (sample, prediction), label in zip(seen, labels, strict=True):
+        assert label.shape == (sample.label.shape[0] + 4, sample.label.shape[1])
+        assert np.array_equal(label[2:-2], sample.label)
+        assert prediction.shape == sample.label.shape
+    assert tally.boundary is None
+
+
+def test_a_run_is_scored_per_seed_and_mode(generated, tmp_path):
+    from mscs.checkpoint import save_weights
+
+    settings = load_params(ROOT / "params.yaml").resolve(CITYSCAPES, "mini", {"seeds": [0, 1]}).settings
+    weights = {}
+    for seed in settings.seeds:
+        weights[seed] = tmp_path / f"{seed}.safetensors"
+        save_weights(weights[seed], build_network(settings, 19, seed=seed).state_dict(), {})
+    record, matrices = evaluate_run(settings, generated("cityscapes"), weights, world(), boundary=True)
+    values = [record["ss"]["seeds"][str(seed)]["miou"] for seed in (0, 1)]
+    assert record["ss"]["miou"] == pytest.approx(np.mean(values))
+    assert record["ss"]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert record["ss"]["n"] == 2
+    assert set(matrices) == {"ss-seed-0", "ss-seed-1"}
+    assert len(record["ss"]["seeds"]["0"]["class_boundary_iou"]) == 19
+
+
+def test_evaluate_writes_predictions_from_the_command_line(generated, tmp_path, monkeypatch):
+    from mscs.checkpoint import save_weights
+
+    settings = load_params(ROOT / "params.yaml").resolve(CITYSCAPES, "mini").settings
+    save_weights(tmp_path / "w.safetensors", build_network(settings, 19, seed=0).state_dict(), {})
+    root = generated("cityscapes")
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "evaluate",
+        CITYSCAPES,
+        "--params",
+        str(ROOT / "params.yaml"),
+        "--profile",
+        "mini",
+        "--device",
+        "cpu",
+    ]
+    command += [
+        "--checkpoint",
+        "w.safetensors",
+        "--data-root",
+        str(root),
+        "--boundary",
+        "--save-predictions",
+        "out",
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(command) == 0
+    names = sorted(path.name for path in (tmp_path / "out" / "ss-seed-0").iterdir())
+    assert len(names) == 3
+    assert all(name.endswith("_pred_labelIds.png") for name in names)
+    assert '"boundary_miou"' in (tmp_path / "results/mini/runs" / CITYSCAPES / "evaluation.json").read_text()
