@@ -52,8 +52,8 @@ def boundary_counts(
 ) -> Tensor:
     """Count, per class, the pixels of the intersection and the union of predicted and true boundary regions.
 
-    The boundary region of a mask (H, W) is what square erosion by `ratio` of the image's diagonal removes;
-    beyond the image is background (Cheng et al., Boundary IoU, CVPR 2021). Ignored pixels are not counted, and
+    The boundary region of a mask (H, W) is what square erosion by `ratio` of the diagonal removes;
+    beyond the image is background (Cheng et al., Boundary IoU, CVPR 2021). Ignored pixels are not counted and
     are taken to be as predicted, so that no true boundary arises where the annotation ends.
     Returns (2, num_classes) int64 on the same device; counts of several images add up.
     """

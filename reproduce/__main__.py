@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print JSON")
 
     tables = command("tables", _tables, "rewrite the tables from the results that are there")
-    tables.add_argument("table", nargs="*", help="1a 1b 2a 2b 3 (default: all)")
+    tables.add_argument("table", nargs="*", help="1a 1b 2a 2b 3, or 4 to 7 for the settings (default: all)")
     tables.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
 
     report = command("report", _report, "rewrite report.html from the results that are there")
@@ -121,11 +121,19 @@ def _cells(args: argparse.Namespace) -> None:
 
 
 def _tables(args: argparse.Namespace) -> None:
+    from reproduce.settings_tables import DATASETS, write_settings_table
     from reproduce.tables import Results, write_table
 
-    results = Results(args.profile or load_params().profile)
-    for table in args.table or TABLES:
-        write_table(table, results)
+    params = load_params()
+    results = Results(args.profile or params.profile)
+    known = [*TABLES, *DATASETS]
+    for table in args.table or known:
+        if table not in known:
+            raise UsageError(unknown_name("table", table, known))
+        if table in DATASETS:
+            write_settings_table(table, params, results)
+        else:
+            write_table(table, results)
     print(f"tables: {(results.root / 'tables').resolve()}")
 
 

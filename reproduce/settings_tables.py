@@ -1,0 +1,90 @@
+"""params.yaml -> Tables 4 to 7, the training settings, in the supplement's rows and columns."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mscs.params import Params, Settings
+from mscs.results import write_text
+from reproduce.tables import Results, as_csv, as_latex, as_markdown
+
+DATASETS = {
+    "4": ("cityscapes", "Cityscapes"),
+    "5": ("ade20k", "ADE20K"),
+    "6": ("pascal_context", "Pascal-Context"),
+    "7": ("cadis", "CaDIS"),
+}
+HEADER = ["Model", "Backbone", "crop", "lr", "decay", "w_d", "Batch/steps", "optim"]
+MODELS = {"hrnet": "HRNet", "ocrnet": "OCRNet", "deeplabv3": "DeepLabv3", "upernet": "UPerNet"}
+BACKBONES = {
+    "hrnet_w48": "HR48v2",
+    "resnet50": "R50",
+    "resnet101": "R101",
+    "swin_tiny": "Swin-T",
+    "swin_small": "Swin-S",
+    "swin_base": "Swin-B",
+    "swin_large": "Swin-L",
+}
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+Number = Callable[[float], str]
+
+
+def settings_rows(table: str, params: Params, path: str | Path = "params.yaml") -> list[Settings]:
+    """Return the settings behind each row of a table, in params.yaml's order: those of the row's CE run."""
+    schedules: dict[str, Any] = yaml.safe_load(Path(path).read_text())["schedules"]
+    prefix = f"{DATASETS[table][0]}-"
+    return [params.resolve(f"{name}-ce", "paper").settings for name in schedules if name.startswith(prefix)]
+
+
+def plain(value: float) -> str:
+    """Return 6e-5 for 0.00006 and - for 0."""
+    digits, _, exponent = f"{value:e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}" if value else "-"
+
+
+def unicode_power(value: float) -> str:
+    """Return 6×10⁻⁵ for 0.00006."""
+    digits, _, exponent = plain(value).partition("e")
+    power = f"10{exponent.translate(SUPERSCRIPTS)}" if exponent else ""
+    return power if digits == "1" else f"{digits}×{power}" if power else digits
+
+
+def latex_power(value: float) -> str:
+    r"""Return $6\times10^{-5}$ for 0.00006."""
+    digits, _, exponent = plain(value).partition("e")
+    if not exponent:
+        return digits
+    return f"$10^{{{exponent}}}$" if digits == "1" else rf"${digits}\times10^{{{exponent}}}$"
+
+
+def grid(rows: list[Settings], number: Number = plain, times: str = "x") -> list[list[str]]:
+    """Return a table as text: header, then one row per network."""
+    return [HEADER, *(_row(settings, number, times) for settings in rows)]
+
+
+def _row(settings: Settings, number: Number, times: str) -> list[str]:
+    name = settings.backbone.partition(".")[0]
+    return [
+        MODELS[settings.model],
+        BACKBONES[name.partition("_patch")[0]],
+        times.join(map(str, settings.crop_size)),
+        number(settings.lr),
+        settings.lr_schedule,
+        number(settings.weight_decay),
+        f"{settings.batch_size}/{settings.steps / 1000:g}K",
+        settings.optimizer.upper(),
+    ]
+
+
+def write_settings_table(table: str, params: Params, results: Results) -> None:
+    """Write one of Tables 4 to 7 as Markdown, CSV and LaTeX into results/<profile>/tables."""
+    rows = settings_rows(table, params)
+    title = f"Table {table}. Training settings on {DATASETS[table][1]}"
+    stamp = f"settings of profile paper, recipe {params.recipe}"
+    folder = results.root / "tables"
+    write_text(folder / f"{table}.csv", as_csv(grid(rows)))
+    write_text(folder / f"{table}.md", as_markdown(title, grid(rows, unicode_power, "×"), [], [], stamp))
+    write_text(folder / f"{table}.tex", as_latex(title, grid(rows, latex_power, r"$\times$"), stamp))
