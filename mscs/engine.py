@@ -256,13 +256,13 @@ class Trainer:
         return images, batch.labels.to(self.world.device, non_blocking=True)
 
     def _generators(self, step: int) -> list[torch.Generator]:
-        """Return one generator per local group, a function of (seed, step, global group index)."""
+        """Return one generator per local group, a function of (seed, step, global group index), on the CPU.
+
+        So the same pixels are drawn on every device.
+        """
         per_process = self.settings.batch_size // self.settings.images_per_group // self.world.size
         first = self.world.rank * per_process
-        device = self.world.device
-        return [
-            torch_generator(self.seed, "anchors", step, first + i, device=device) for i in range(per_process)
-        ]
+        return [torch_generator(self.seed, "anchors", step, first + i) for i in range(per_process)]
 
     def _learning_rate(self, step: int) -> float:
         settings = self.settings
