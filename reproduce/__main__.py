@@ -33,8 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", _run, "bring tables, figures, runs or everything up to date")
-    run.add_argument("target", nargs="*", help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows, or nothing for all")
-    run.add_argument("--keep-going", action="store_true", help="go on with what does not depend on a failed stage")
+    run.add_argument(
+        "target",
+        nargs="*",
+        help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows, or nothing for all",
+    )
+    run.add_argument(
+        "--keep-going", action="store_true", help="go on with what does not depend on a failed stage"
+    )
     run.add_argument("--fresh", action="store_true", help="retrain from step 0 what has to be retrained")
 
     listing = command("cells", _cells, "list every cell of Tables 1-3 and the run that fills it")
@@ -52,15 +58,28 @@ def build_parser() -> argparse.ArgumentParser:
 
     ledger = command("ledger", _ledger, "print where the sources disagree and what is taken")
     ledger.add_argument("run", nargs="?", help="only what touches this run")
-    ledger.add_argument("--recipe", choices=("paper", "code", "upstream"), default="paper", help="default: paper")
+    ledger.add_argument(
+        "--recipe", choices=("paper", "code", "upstream"), default="paper", help="default: paper"
+    )
     ledger.add_argument("--json", action="store_true", help="print JSON")
 
     verify = command("verify", _verify, "compare every cell and claim with the paper")
     verify.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
     verify.add_argument("--json", action="store_true", help="print JSON")
 
+    compare = command("compare", _compare, "show what changed between two commits, and which cells moved")
+    compare.add_argument(
+        "first", metavar="REV_A", help="commit, branch, tag, DVC experiment, or . (working tree)"
+    )
+    compare.add_argument("second", metavar="REV_B", nargs="?", default=".", help="the same (default: .)")
+    compare.add_argument("--profile", help="mini or paper (default: the one in params.yaml of REV_B)")
+    compare.add_argument("--html", metavar="FILE", help="write a page")
+    compare.add_argument("--json", action="store_true", help="print JSON")
+
     command("params", _parameters, "count the parameters of every network, without allocating weights")
-    command("pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables")
+    command(
+        "pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
+    )
     return parser
 
 
@@ -109,7 +128,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _cells(args: argparse.Namespace) -> None:
     rows = [
-        {key: value for key, value in asdict(cell).items() if key in ("table", "row", "column", "paper", "source", "run")}
+        {
+            key: value
+            for key, value in asdict(cell).items()
+            if key in ("table", "row", "column", "paper", "source", "run")
+        }
         for cell in cells()
     ]
     if args.json:
@@ -170,6 +193,16 @@ def _verify(args: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
+def _compare(args: argparse.Namespace) -> None:
+    from reproduce.compare import as_html, as_text, compare, open_revision
+
+    with open_revision(args.first) as first, open_revision(args.second) as second:
+        document = compare(first, second, args.profile)
+    if args.html:
+        write_text(args.html, as_html(document))
+    print(json.dumps(document, indent=1) if args.json else as_text(document))
+
+
 def _resolve(args: argparse.Namespace) -> None:
     params = load_params()
     profile = args.profile or params.profile
@@ -188,7 +221,9 @@ def _parameters(_args: argparse.Namespace) -> None:
         key = (info["dataset"], info["model"], info["backbone"])
         if key not in seen:
             seen.add(key)
-            print(f"{parameter_count(params, run) / 1e6:8.2f} M  {info['dataset']:15} {info['model']:10} {info['backbone']}")
+            print(
+                f"{parameter_count(params, run) / 1e6:8.2f} M  {info['dataset']:15} {info['model']:10} {info['backbone']}"
+            )
 
 
 def _pipeline(_args: argparse.Namespace) -> None:

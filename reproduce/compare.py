@@ -1,0 +1,274 @@
+"""What changed between two commits: params, the runs they touch, the cells that moved, and what stayed.
+
+A revision is anything git knows (commit, branch, tag), the name of a DVC experiment, or "." for the working
+tree. Only params.yaml and the small result files are read, so a clone without data is enough.
+"""
+
+import html
+import io
+import json
+import math
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mscs.cli import RESULTS, resolve_all
+from mscs.errors import UsageError
+from mscs.params import Params
+from mscs.results import read_json
+from reproduce.cells import Cell, cells
+from reproduce.tables import Results
+from reproduce.verify import standard_error
+
+WORKING_TREE = "."
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #8886; text-align: left; white-space: nowrap; }
+"""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A commit or the working tree, with its result files under `root`."""
+
+    name: str
+    commit: str | None
+    root: Path
+
+    def params(self) -> dict[str, Any]:
+        """Return params.yaml as a mapping; UsageError where this revision has none."""
+        if self.commit is None:
+            path = Path("params.yaml")
+            text = path.read_text() if path.exists() else None
+        else:
+            done = _git("show", f"{self.commit}:./params.yaml")
+            text = done.stdout.decode() if done.returncode == 0 else None
+        if text is None:
+            raise UsageError(f"revision {self.name!r} has no params.yaml; run from the project's root folder")
+        return yaml.safe_load(text)
+
+    def settings(self, profile: str) -> tuple[dict[str, Any], str | None]:
+        """Return resolved settings by run and a remark, None if its results were made with just these.
+
+        params.yaml is resolved by today's rules; where they do not fit it, its resolved.json has to do.
+        """
+        path = self.root / profile / "resolved.json"
+        stored = read_json(path) if path.exists() else None
+        try:
+            current = resolve_all(Params(self.params()), profile)
+        except UsageError as error:
+            if stored is None:
+                raise
+            return (
+                stored,
+                f"{self.name}: its params.yaml is of another version ({error}); resolved.json is used",
+            )
+        stale = [name for name in current if stored is not None and stored.get(name) != current[name]]
+        remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
+        return current, remark
+
+
+@contextmanager
+def open_revision(name: str) -> Iterator[Revision]:
+    """Give a revision with its result files at hand; an unknown one is a UsageError."""
+    if name == WORKING_TREE:
+        yield Revision("working tree", None, RESULTS)
+        return
+    commit = resolve_commit(name)
+    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", str(RESULTS)).stdout.decode()
+    wanted = [path for path in listed.split("\0") if path.endswith(".json")]
+    with tempfile.TemporaryDirectory(prefix="mscs-compare-") as folder:
+        if wanted:
+            archive = _git("archive", commit, "--", *wanted).stdout
+            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+                tar.extractall(folder, filter="data")
+        yield Revision(name, commit, Path(folder) / RESULTS)
+
+
+def resolve_commit(name: str) -> str:
+    """Return the commit of a revision or of a DVC experiment, which is a git reference of its own."""
+    if _git("rev-parse", "--git-dir").returncode:
+        raise UsageError(f"{Path.cwd()} is not in a git repository, which holds the revisions to compare")
+    found = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").stdout.decode()
+    if not found:
+        found = _git("for-each-ref", "--format=%(objectname)", f"refs/exps/*/*/{name}").stdout.decode()
+    if not found:
+        raise UsageError(
+            f"unknown revision {name!r}; accepted: a commit, branch, tag or DVC experiment (see `git log`, "
+            "`dvc exp show`), or . for the working tree"
+        )
+    return found.split()[0]
+
+
+def compare(first: Revision, second: Revision, profile: str | None = None) -> dict[str, Any]:
+    """Return all that differs between two revisions, and what does not, as plain data."""
+    edits = differences(first.params(), second.params())
+    profile = profile or second.params()["profile"]
+    (before, remark), (after, other) = first.settings(profile), second.settings(profile)
+    touched = {name: keys for name in {**before, **after} if (keys := _setting_edits(name, before, after))}
+    results = Results(profile, first.root), Results(profile, second.root)
+    rows = [_cell_row(cell, *results) for cell in cells() if cell.run is not None]
+    return {
+        "profile": profile,
+        "first": {"name": first.name, "commit": first.commit},
+        "second": {"name": second.name, "commit": second.commit},
+        "remarks": [text for text in (remark, other) if text],
+        "params": edits,
+        "runs": {name: keys | _scores(name, *results) for name, keys in touched.items()},
+        "untouched_runs": sorted(name for name in after if name not in touched and "info" in after[name]),
+        "data": [name for name in after if "info" not in after[name] and _digest(name, *results)],
+        "moved": [row for row in rows if row["verdict"] not in ("unchanged", "not run")],
+        "unchanged": [row for row in rows if row["verdict"] == "unchanged"],
+        "not_run": sum(row["verdict"] == "not run" for row in rows),
+    }
+
+
+def differences(first: Any, second: Any, prefix: str = "") -> dict[str, list[Any]]:
+    """Return {dotted key: [first, second]} of the leaves in which two mappings differ; None is absent."""
+    if not (isinstance(first, Mapping) and isinstance(second, Mapping)):
+        return {} if first == second else {prefix: [first, second]}
+    found: dict[str, list[Any]] = {}
+    for key in {**first, **second}:
+        found |= differences(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _setting_edits(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    edits = differences(before.get(name, {}), after.get(name, {}))
+    # a setting of both phases is listed in both
+    plain = {
+        key.partition(".")[2] if "info" in after.get(name, {}) else key: pair for key, pair in edits.items()
+    }
+    status = "new" if name not in before else "gone" if name not in after else "changed"
+    return {"status": status, "settings": plain if status == "changed" else {}} if edits else {}
+
+
+def _scores(run: str, first: Results, second: Results) -> dict[str, Any]:
+    found = {}
+    for mode in ("ss", "ms"):
+        pair = [results.score(run, mode).number for results in (first, second)]
+        if pair != [None, None]:
+            found[mode] = pair
+    return {"scores": found}
+
+
+def _digest(dataset: str, *results: Results) -> bool:
+    """Return whether a dataset's files differ, as far as both sides know."""
+    paths = [one.root / "data" / f"{dataset}.json" for one in results]
+    known = [read_json(path).get("digest") for path in paths if path.exists()]
+    return len(known) == 2 and known[0] != known[1]
+
+
+def _cell_row(cell: Cell, first: Results, second: Results) -> dict[str, Any]:
+    before, after = _value(first, cell), _value(second, cell)
+    row: dict[str, Any] = {"table": cell.table, "row": cell.row, "column": cell.column, "run": cell.run}
+    row |= {"first": before, "second": after, "difference": None, "error": None}
+    if before == after:
+        return {**row, "verdict": "not run" if after is None else "unchanged"}
+    if not (isinstance(before, float) and isinstance(after, float)):
+        return {**row, "verdict": "new" if before is None else "gone" if after is None else "changed"}
+    row["difference"] = after - before
+    if cell.read not in ("ss", "ms"):
+        return {**row, "verdict": "changed"}
+    row["error"] = error = cell_error(cell, first, second)
+    if error is None:
+        return {**row, "verdict": "moved; seed noise unknown, too few seeds"}
+    beyond = abs(after - before) > 2 * error
+    return {**row, "verdict": "moved beyond seed noise" if beyond else "within seed noise"}
+
+
+def _value(results: Results, cell: Cell) -> float | str | None:
+    if cell.read != "parameters":
+        return results.value(cell).number
+    # counted when the tables were written: another revision's networks cannot be built here
+    path = results.root / "tables" / f"{cell.table}.json"
+    return read_json(path).get(cell.row, {}).get("parameters") if path.exists() else None
+
+
+def cell_error(cell: Cell, *results: Results) -> float | None:
+    """Return the standard error of the difference of a cell between results, None without enough seeds."""
+    runs = [run for run in (cell.run, cell.over) if run is not None]
+    errors = [standard_error(one.score(run, cell.read)) for one in results for run in runs]
+    return None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
+
+
+def sections(document: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yield (title, header, rows) of what a person reads."""
+    a, b = document["first"]["name"], document["second"]["name"]
+    edits = [[key, *map(_show, pair)] for key, pair in document["params"].items()]
+    yield "Changed parameters (params.yaml)", ["key", a, b], edits
+    runs = []
+    for run, facts in document["runs"].items():
+        changes = [f"{key}: {_show(old)} → {_show(new)}" for key, (old, new) in facts["settings"].items()]
+        scores = [f"{mode} {_show(old)} → {_show(new)}" for mode, (old, new) in facts["scores"].items()]
+        runs.append([run, "; ".join(changes) or facts["status"], "; ".join(scores)])
+    yield "Touched runs and data settings", ["run", "settings", "mIoU"], runs
+    yield "Changed data files", ["dataset"], [[name] for name in document["data"]]
+    header = ["table", "row", "column", a, b, "difference", "verdict"]
+    for title, key in (("Moved cells", "moved"), ("Unchanged cells", "unchanged")):
+        yield title, header, [_cell_texts(row) for row in document[key]]
+    yield "Untouched runs", ["run"], [[run] for run in document["untouched_runs"]]
+
+
+def _cell_texts(row: Mapping[str, Any]) -> list[str]:
+    difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
+    difference += f" ± {row['error']:.2f}" if row["error"] is not None else ""
+    shown = [_show(row["first"]), _show(row["second"])]
+    return [row["table"], row["row"], row["column"], *shown, difference, row["verdict"]]
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    )
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """Return the comparison for a terminal."""
+    a, b = document["first"], document["second"]
+    lines = [f"{a['name']} -> {b['name']}, profile {document['profile']}", *document["remarks"]]
+    for title, header, rows in sections(document):
+        lines += ["", f"{title}: {len(rows)}"]
+        if rows and title != "Untouched runs":
+            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+            for row in [header, *rows]:
+                padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+                lines.append("  " + "  ".join(padded).rstrip())
+    return "\n".join([*lines, "", f"Cells without a result on either side: {document['not_run']}"])
+
+
+def as_html(document: Mapping[str, Any]) -> str:
+    """Return the comparison as one self-contained page."""
+    escape = html.escape
+    title = escape(f"{document['first']['name']} → {document['second']['name']}")
+    parts = ['<!doctype html><html lang="en"><meta charset="utf-8">', f"<title>{title}</title>"]
+    parts += [
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<link rel="icon" href="data:,">',
+    ]
+    parts += [f"<style>{STYLE}</style>", f"<h1>{title}</h1><p>Profile {escape(document['profile'])}.</p>"]
+    parts += [f"<p>{escape(text)}</p>" for text in document["remarks"]]
+    for heading, header, rows in sections(document):
+        parts.append(f"<h2>{escape(heading)}: {len(rows)}</h2>")
+        if rows:
+            body = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
+            head = "".join(f"<th>{escape(text)}</th>" for text in header)
+            table = "".join(f"<tr>{row}</tr>" for row in [head, *body])
+            parts.append(f'<div class="scroll"><table>{table}</table></div>')
+    parts.append(f"<p>Cells without a result on either side: {document['not_run']}.</p></html>\n")
+    return "\n".join(parts)
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["git", *arguments], capture_output=True, check=False)

@@ -1,0 +1,133 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mscs.cli import resolve_all
+from mscs.params import load_params
+from reproduce.__main__ import main
+from reproduce.compare import as_html, compare, differences, open_revision
+
+ROOT = Path(__file__).parents[2]
+RUN = "cityscapes-hrnet-hr48-ce-b8-40k"
+SCHEDULE = "cityscapes-hrnet-hr48: {crop_size: [512, 1024], lr: 1.0e-2"
+
+
+def git(*arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def write_results(values):
+    """Write the mIoU per seed of some runs, and resolved.json."""
+    Path("results/mini").mkdir(parents=True, exist_ok=True)
+    Path("results/mini/resolved.json").write_text(json.dumps(resolve_all(load_params(), "mini")))
+    for run, seeds in values.items():
+        mean = sum(seeds) / len(seeds)
+        std = None
+        if len(seeds) > 1:
+            std = (sum((x - mean) ** 2 for x in seeds) / (len(seeds) - 1)) ** 0.5
+        path = Path("results/mini/runs") / run / "evaluation.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"ss": {"miou": mean, "std": std, "n": len(seeds), "seeds": {}}}))
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """Make a repository with two commits: the learning rate of one schedule changed, three cells followed."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text()
+    assert text.count(SCHEDULE) == 1
+    Path("params.yaml").write_text(text)
+    git("init", "-q", "-b", "main")
+    same = {"cityscapes-upernet-r101-ours": [60.0]}
+    one, two = "cityscapes-hrnet-hr48-ours-b8-40k", "cityscapes-hrnet-hr48-ce-b8-80k"
+    write_results({RUN: [40.0, 41.0, 42.0], one: [50.0, 52.0], two: [30.0], **same})
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    git("tag", "before")
+    Path("params.yaml").write_text(text.replace(SCHEDULE, SCHEDULE.replace("1.0e-2", "2.0e-2")))
+    write_results({RUN: [45.0, 46.0, 47.0], one: [51.0, 52.0], two: [33.0], **same})
+    git("commit", "-q", "-a", "-m", "second")
+    return tmp_path
+
+
+def document_of(first, second):
+    with open_revision(first) as a, open_revision(second) as b:
+        return compare(a, b)
+
+
+def test_one_learning_rate_and_its_effect(clone):
+    found = document_of("before", "main")
+    assert found["params"] == {"schedules.cityscapes-hrnet-hr48.lr": [0.01, 0.02]}
+    expected = {
+        run
+        for run in load_params().runs
+        if load_params().resolve(run).settings.schedule == "cityscapes-hrnet-hr48"
+    }
+    assert set(found["runs"]) == expected
+    assert found["runs"][RUN]["settings"] == {"lr": [pytest.approx(0.1), pytest.approx(0.2)]}
+    assert found["runs"][RUN]["scores"] == {"ss": [41.0, 46.0]}
+    assert set(found["untouched_runs"]) == set(load_params().runs) - expected
+    assert found["remarks"] == []
+
+
+def test_cells_are_judged_against_seed_noise(clone):
+    found = document_of("before", "main")
+    moved = {(row["table"], row["run"]): row for row in found["moved"]}
+    clear = moved["2b", RUN]
+    assert clear["difference"] == pytest.approx(5)
+    assert clear["error"] == pytest.approx((1 / 3 + 1 / 3) ** 0.5)
+    assert clear["verdict"] == "moved beyond seed noise"
+    assert moved["2a", "cityscapes-hrnet-hr48-ours-b8-40k"]["verdict"] == "within seed noise"
+    assert "too few seeds" in moved["2b", "cityscapes-hrnet-hr48-ce-b8-80k"]["verdict"]
+    assert [(row["table"], row["first"]) for row in found["unchanged"]] == [("1a", 60.0)]
+    total = len(found["moved"]) + len(found["unchanged"]) + found["not_run"]
+    from reproduce.cells import cells
+
+    assert total == sum(cell.run is not None for cell in cells())
+
+
+def test_the_working_tree_and_experiments_are_revisions(clone, capsys):
+    git("update-ref", "refs/exps/ab/cdef/small-rate", "before")
+    assert document_of("small-rate", "before")["params"] == {}
+    Path("params.yaml").write_text(
+        Path("params.yaml").read_text().replace("temperature: 0.1", "temperature: 0.2")
+    )
+    found = document_of("main", ".")
+    assert found["params"] == {"defaults.temperature": [0.1, 0.2]}
+    assert found["moved"] == []
+    assert found["remarks"][0].startswith("working tree: params.yaml changed after its results")
+    assert main(["compare", "main", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["second"] == {"name": "working tree", "commit": None}
+
+
+def test_the_same_revision_differs_in_nothing(clone):
+    found = document_of("main", "HEAD")
+    assert (found["params"], found["runs"], found["moved"], found["data"]) == ({}, {}, [], [])
+    assert len(found["unchanged"]) > 1
+
+
+def test_unknown_revisions_are_named_with_exit_code_2(clone, capsys):
+    assert main(["compare", "no-such-branch", "main"]) == 2
+    assert "unknown revision 'no-such-branch'" in capsys.readouterr().err
+
+
+def test_a_page_and_a_text_come_out(clone, capsys):
+    assert main(["compare", "before", "main", "--html", "out/page.html"]) == 0
+    text = capsys.readouterr().out
+    assert "schedules.cityscapes-hrnet-hr48.lr" in text
+    assert "+5.00 ± 0.82" in text
+    page = Path("out/page.html").read_text()
+    assert page == as_html(document_of("before", "main"))
+    assert "moved beyond seed noise" in page
+    assert "http" not in page
+
+
+def test_leaves_that_differ():
+    assert differences({"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "c": [1]}, "d": 0}) == {
+        "a.b": [1, 2],
+        "d": [None, 0],
+    }
