@@ -58,7 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "train one run, or go on with it", _train)
     _add_run_arguments(train)
     _add_job_arguments(train)
-    train.add_argument("--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)")
+    train.add_argument(
+        "--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)"
+    )
     train.add_argument("--processes", type=int, help="training processes: 1, 2 or 4 (default: one per GPU)")
     train.add_argument("--fresh", action="store_true", help="start from step 0 even if there is a checkpoint")
 
@@ -66,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_arguments(evaluate)
     _add_job_arguments(evaluate)
     evaluate.add_argument("--checkpoint", type=Path, help="weights file (default: those of the run)")
-    evaluate.add_argument("--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only")
+    evaluate.add_argument(
+        "--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only"
+    )
     evaluate.add_argument("--split", default="val", help="split to score (default: val)")
     evaluate.add_argument("--boundary", action="store_true", help="boundary IoU too")
     evaluate.add_argument(
@@ -85,7 +89,9 @@ def _command(
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(handler=handler)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)")
+    parser.add_argument(
+        "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
+    )
     return parser
 
 
@@ -98,8 +104,12 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from")
-    parser.add_argument("--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)")
+    parser.add_argument(
+        "--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from"
+    )
+    parser.add_argument(
+        "--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
@@ -145,7 +155,7 @@ def read_resolved(path: Path, run: str) -> Settings:
 
 
 def data_root(settings: Settings) -> Path:
-    """Return where a run's dataset lies: $MSCS_DATA or data/ for real ones, the profile's work folder else."""
+    """Return where a run's dataset lies: $MSCS_DATA or data/ if real, else the profile's work folder."""
     if settings.data_source == "generated":
         return WORK / settings.profile / "data" / settings.dataset
     return Path(os.environ.get("MSCS_DATA", "data")) / settings.dataset
@@ -173,11 +183,19 @@ def _train(args: argparse.Namespace) -> int:
     from mscs.results import write_json
 
     folder = run_folder(settings, args)
-    files = TrainFiles(WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder)
+    files = TrainFiles(
+        WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder
+    )
     with join_world(args.device) as world:
         workers = args.workers if args.workers is not None else 4 * (world.device.type == "cuda")
         facts = train_run(
-            settings, root, files, WORK / settings.profile / "checkpoints", world, workers=workers, fresh=args.fresh
+            settings,
+            root,
+            files,
+            WORK / settings.profile / "checkpoints",
+            world,
+            workers=workers,
+            fresh=args.fresh,
         )
         if world.is_main:
             manifest = RESULTS / settings.profile / "data" / f"{settings.dataset}.json"
@@ -202,7 +220,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     from mscs.results import write_json
 
     folder = run_folder(settings, args)
-    files = TrainFiles(WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder)
+    files = TrainFiles(
+        WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder
+    )
     weights = {seed: args.checkpoint or files.weights(seed) for seed in settings.seeds}
     save = None
     if args.save_predictions is not None:

@@ -150,7 +150,8 @@ class Predictor:
                     count = scores.new_zeros(1, 1, *pixels.shape[-2:])
                 total[0, :, place.top : place.bottom, place.left : place.right] += scores
                 count[0, :, place.top : place.bottom, place.left : place.right] += 1
-        assert total is not None and count is not None
+        assert total is not None
+        assert count is not None
         return (total / count)[:, :, :height, :width]
 
 

@@ -261,7 +261,9 @@ class Params:
         values |= {"run": run, "profile": profile, "recipe": recipe}
         values |= {"dataset": entry["dataset"], "loss": entry["loss"]}
         values |= {"variant": self._variant(run, entry), "schedule": entry["schedule"]}
-        sources |= dict.fromkeys(("run", "dataset", "loss", "schedule", "variant"), f"params.yaml, runs.{run}")
+        sources |= dict.fromkeys(
+            ("run", "dataset", "loss", "schedule", "variant"), f"params.yaml, runs.{run}"
+        )
         sources |= {"profile": "params.yaml, profile", "recipe": "params.yaml, recipe"}
         _complete(values, sources, where, overrides)
         settings = _build(values, where)
@@ -286,10 +288,8 @@ class Params:
                     if fnmatchcase(name, pattern):
                         yield values, f"{family}.{chosen}.{block}.{pattern}"
 
-    def _rewrite(
-        self, values: dict[str, Any], sources: dict[str, str], profile: str, schedule: str
-    ) -> None:
-        """Apply the profile's rules that map the paper's values to others, so that editing those still counts."""
+    def _rewrite(self, values: dict[str, Any], sources: dict[str, str], profile: str, schedule: str) -> None:
+        """Apply the profile's rules that map the paper's values to others: editing those still counts."""
         rules = self._document["profiles"][profile].get("rewrite", {})
         source = f"profiles.{profile}.rewrite"
         for key in ("backbone", "batch_size"):

@@ -21,7 +21,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
     except OSError as error:
-        raise MscsError(f"cannot write {path}: {error.strerror}; check the folder's rights and free space") from None
+        raise MscsError(
+            f"cannot write {path}: {error.strerror}; check the folder's rights and free space"
+        ) from None
     temporary = Path(name)
     try:
         yield temporary
@@ -32,7 +34,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
-        raise MscsError(f"cannot write {path}: {error.strerror}; what was there before is untouched") from None
+        raise MscsError(
+            f"cannot write {path}: {error.strerror}; what was there before is untouched"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -222,7 +222,8 @@ def _parameters(_args: argparse.Namespace) -> None:
         if key not in seen:
             seen.add(key)
             print(
-                f"{parameter_count(params, run) / 1e6:8.2f} M  {info['dataset']:15} {info['model']:10} {info['backbone']}"
+                f"{parameter_count(params, run) / 1e6:8.2f} M  "
+                f"{info['dataset']:15} {info['model']:10} {info['backbone']}"
             )
 
 

@@ -36,11 +36,13 @@ class Entry:
 def entries() -> tuple[Entry, ...]:
     """Return reproduce/ledger.yaml."""
     text = Path(__file__).with_name("ledger.yaml").read_text()
-    return tuple(Entry(**block) for block in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    return tuple(
+        Entry(**block) for block in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    )
 
 
 def rows(run: str | None = None, recipe: str = "paper") -> list[dict[str, str]]:
-    """Return the entries that touch `run` (None: all) as text: id, what the sources say, what is taken, why."""
+    """Return the entries that touch `run` (None: all) as text: id, sources, what is taken, why."""
     return [
         {
             "id": entry.id,

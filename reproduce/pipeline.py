@@ -28,8 +28,8 @@ PROFILE = "${item.profile}"
 RESOLVED = f"results/{PROFILE}/resolved.json"
 HEADER = """\
 # Written by `python -m reproduce pipeline`; change reproduce/pipeline.py or params.yaml instead.
-# Every stage goes through reproduce/stage, natively or in a container with the same hash. The profile is part of
-# each stage's name, so that the lock entries of mini and paper live side by side.
+# Every stage goes through reproduce/stage, natively or in a container with the same hash. The profile is part
+# of each stage's name, so that the lock entries of mini and paper live side by side.
 """
 
 

@@ -1,4 +1,4 @@
-"""Result files -> the paper's tables, as Markdown, CSV, LaTeX and JSON, with the paper's values beside ours."""
+"""Result files -> the paper's tables with its values beside ours: Markdown, CSV, LaTeX, JSON."""
 
 import csv
 import io
@@ -187,7 +187,9 @@ def notes(table: str) -> list[str]:
     return found
 
 
-def as_metrics(table: str, results: Results, directions: list[tuple[str, float | None, str]]) -> dict[str, Any]:
+def as_metrics(
+    table: str, results: Results, directions: list[tuple[str, float | None, str]]
+) -> dict[str, Any]:
     """Return our values by row and column, for `dvc metrics diff`."""
     metrics: dict[str, Any] = {}
     for row in table_block(table)["rows"]:
@@ -215,7 +217,14 @@ def as_markdown(
 ) -> str:
     """Return a table as Markdown, with its stamp, the claimed directions and notes."""
     rows = [[text.replace("|", "\\|") for text in row] for row in grid]
-    lines = [f"### {title}", "", f"*{stamp}*", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines = [
+        f"### {title}",
+        "",
+        f"*{stamp}*",
+        "",
+        "| " + " | ".join(rows[0]) + " |",
+        "|---" * len(rows[0]) + "|",
+    ]
     lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     if directions:
         lines += ["", "Directions that the paper reports:", ""]

@@ -3,7 +3,8 @@
 A cell is reproduced when our value lies within the dataset's tolerance of the published one (see
 `reproduce.tables.TOLERANCES`), or within two standard errors of our own seeds where those are wider. A
 direction holds when its gap has the paper's sign, and is certain when it also exceeds twice the standard
-error of the difference of the two means; with a single seed nothing is certain. Profile mini reports directions only.
+error of the difference of the two means; with a single seed nothing is certain. Profile mini reports
+directions only.
 """
 
 import math
@@ -80,7 +81,14 @@ def _claim_row(results: Results, claim: Claim) -> dict[str, Any]:
 
 
 def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: list[dict[str, Any]]) -> str:
-    lines = ["# Verification", "", f"*{results.stamp}*", "", "| table | claim | gap | status |", "|---|---|---|---|"]
+    lines = [
+        "# Verification",
+        "",
+        f"*{results.stamp}*",
+        "",
+        "| table | claim | gap | status |",
+        "|---|---|---|---|",
+    ]
     for row in claim_rows:
         gap = "" if row["gap"] is None else f"{row['gap']:+.2f}"
         gap += f" ± {row['error']:.2f}" if row["error"] is not None else ""
@@ -90,5 +98,7 @@ def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: lis
         for row in cell_rows:
             ours = f"{row['ours']:.1f}" if isinstance(row["ours"], float) else row["ours"] or ""
             paper = "-" if row["paper"] is None else row["paper"]
-            lines.append(f"| {row['table']} | {row['row']} | {row['column']} | {paper} | {ours} | {row['status']} |")
+            lines.append(
+                f"| {row['table']} | {row['row']} | {row['column']} | {paper} | {ours} | {row['status']} |"
+            )
     return "\n".join(lines) + "\n"

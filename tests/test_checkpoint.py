@@ -1,5 +1,5 @@
-import torch
 import pytest
+import torch
 
 from mscs.checkpoint import KEPT, load_checkpoint, lock, read_weights, save_checkpoint, save_weights
 from mscs.errors import MscsError, UsageError
@@ -72,8 +72,13 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path):
     from mscs.results import atomic_path
 
     write_text(tmp_path / "a", "old")
-    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -10,7 +10,8 @@ from mscs.errors import UsageError
 from mscs.models.options import MODEL_OPTIONS
 from mscs.params import Params, from_plain, load_params, parse_overrides, to_plain
 
-# The supplement's Tables 4 to 7: dataset, model, backbone -> crop, lr, decay, weight decay, batch, steps, optimiser.
+# The supplement's Tables 4 to 7: dataset, model, backbone ->
+# crop, lr, decay, weight decay, batch, steps, optimiser.
 SUPPLEMENT = {
     ("cityscapes", "hrnet", "hrnet_w48"): ((512, 1024), 1e-2, "poly", 5e-5, 12, 120_000, "sgd"),
     ("cityscapes", "ocrnet", "hrnet_w48"): ((512, 1024), 1e-2, "poly", 5e-5, 12, 120_000, "sgd"),
@@ -60,7 +61,13 @@ def test_section_a_and_e_of_the_supplement(params):
     assert ours.cross_pairs == ((0, 3), (0, 2))
     assert ours.projector == "backbone"
     assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.projector == "fpn"
-    assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.ms_scales == (0.5, 0.75, 1.25, 1.5, 1.75)
+    assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.ms_scales == (
+        0.5,
+        0.75,
+        1.25,
+        1.5,
+        1.75,
+    )
     for dataset in ("cityscapes", "pascal_context"):
         scales = params.resolve(f"{dataset}-hrnet-hr48-ours", "paper").settings.ms_scales
         assert scales == (0.5, 0.75, 1.25, 1.5, 1.75, 2.0)
@@ -99,7 +106,9 @@ def test_every_run_resolves_in_every_profile_and_comes_back_from_json(params):
 
 
 def test_mini_keeps_the_ratio_of_budgets_and_four_groups(params):
-    steps = [params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.steps for k in (40, 80, 120)]
+    steps = [
+        params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.steps for k in (40, 80, 120)
+    ]
     assert steps[1] == 2 * steps[0]
     assert steps[2] == 3 * steps[0]
     for run in params.runs:
@@ -142,7 +151,7 @@ def test_a_wrong_key_or_value_is_named_with_the_nearest_valid_one(document, path
 
 def test_a_missing_key_names_run_and_block(document):
     del document["schedules"]["cityscapes-hrnet-hr48"]["lr"]
-    with pytest.raises(UsageError, match="cityscapes-hrnet-hr48-ce.*missing key 'lr'.*schedules"):
+    with pytest.raises(UsageError, match=r"cityscapes-hrnet-hr48-ce.*missing key 'lr'.*schedules"):
         Params(document).resolve("cityscapes-hrnet-hr48-ce", "paper")
 
 
@@ -153,7 +162,7 @@ def test_a_run_id_with_a_dot_or_a_foreign_name_is_refused(document):
 
 
 def test_unknown_model_option_is_refused(params):
-    with pytest.raises(UsageError, match="head_chanels.*did you mean 'head_channels'"):
+    with pytest.raises(UsageError, match=r"head_chanels.*did you mean 'head_channels'"):
         params.resolve("cityscapes-hrnet-hr48-ce", "paper", {"model_options": {"head_chanels": 3}})
 
 
@@ -174,12 +183,17 @@ def test_the_fingerprint_changes_with_what_decides_training_and_with_nothing_els
     base = params.resolve(run, "paper").settings
     assert params.resolve(run, "paper", {"lr": 0.02}).settings.digest() != base.digest()
     assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest() == base.digest()
-    assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest("evaluate") != base.digest("evaluate")
+    assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest("evaluate") != base.digest(
+        "evaluate"
+    )
 
 
 @pytest.mark.parametrize("command", [["mscs", "--help"], ["mscs", "runs"], ["reproduce", "cells"]])
 def test_light_commands_do_not_import_torch(command):
     code = f"import runpy, sys; sys.argv = {command!r}; runpy.run_module({command[0]!r}, run_name='__main__')"
-    script = f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules and 'cv2' not in sys.modules"
+    script = (
+        f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'cv2' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -77,8 +77,8 @@ def _one_of(*draws: Callable[[scenes.Canvas], None]) -> Callable[[scenes.Canvas]
 
 
 # Names that the scenes use, where the dataset's differ; what a dataset has no name for is left unlabelled.
-# ADE20K shows 14 of its classes, all of rooms; Pascal-Context 21, of streets and pastures: many more would each be
-# too rare to learn in the few steps of the laptop profile.
+# ADE20K shows 14 of its classes, all of rooms; Pascal-Context 21, of streets and pastures: many more would
+# each be too rare to learn in the few steps of the laptop profile.
 ALIASES = {
     "cityscapes": {},
     "ade20k": {"window": "windowpane"},

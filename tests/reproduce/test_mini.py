@@ -1,4 +1,4 @@
-"""What profile mini promises: it learns, colour alone does not do, and every scale has something to contrast."""
+"""What profile mini promises: it learns, colour alone does not do, every scale has something to contrast."""
 
 import json
 from pathlib import Path

@@ -63,13 +63,23 @@ def test_a_table_depends_on_its_own_runs_only(params):
 
 def test_imports_are_followed_through_lazy_packages():
     files = imports_of("mscs.engine")
-    assert {"mscs/engine.py", "mscs/models/hrnet.py", "mscs/losses/multiscale.py", "mscs/transforms.py"} <= set(files)
-    assert not {"mscs/datasets/synth.py", "mscs/inference.py", "mscs/models/convert.py", "mscs/cli.py"} & set(files)
+    assert {
+        "mscs/engine.py",
+        "mscs/models/hrnet.py",
+        "mscs/losses/multiscale.py",
+        "mscs/transforms.py",
+    } <= set(files)
+    assert not {"mscs/datasets/synth.py", "mscs/inference.py", "mscs/models/convert.py", "mscs/cli.py"} & set(
+        files
+    )
 
 
 def test_code_that_training_loads_is_what_its_stage_depends_on():
     """Import the engine for real and compare the loaded files of ours with the listed ones."""
-    code = "import sys, mscs.engine, mscs.models.build, mscs.datasets.build; print('\\n'.join(m for m in sys.modules if m.startswith('mscs')))"
+    code = (
+        "import sys, mscs.engine, mscs.models.build, mscs.datasets.build;"
+        "print('\\n'.join(m for m in sys.modules if m.startswith('mscs')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     listed = set(imports_of("mscs.engine"))
     for module in done.stdout.split():
@@ -161,12 +171,18 @@ def test_an_edit_reaches_the_stages_that_use_it_and_no_others(params, tmp_path):
         return {name for name in found if "@" in name}
 
     run = "cityscapes-upernet-swins-ours-fpn: {"
-    assert after("params.yaml", run, run + "lr: 0.003, ") == {"train_cityscapes@mini-cityscapes-upernet-swins-ours-fpn"}
+    assert after("params.yaml", run, run + "lr: 0.003, ") == {
+        "train_cityscapes@mini-cityscapes-upernet-swins-ours-fpn"
+    }
     row = "cadis-ocrnet-r50: {crop_size: [540, 960], lr: 1.0e-4, lr_schedule: exp, weight_decay: 0.0"
     pair = {f"train_cadis@mini-cadis-ocrnet-r50-{loss}" for loss in ("ce", "ours")}
     assert after("params.yaml", row, row.replace("0.0", "0.1")) == pair | {"qualitative@mini"}
     edited = after("reproduce/tables.py", '"""Result files', '"""Results files')
     assert {name.split("_")[0] for name in edited} <= {"tables", "report@mini"}
     edited = after("mscs/inference.py", '"""From one image', '"""From each image')
-    assert {name.split("@")[0] for name in edited} >= {"evaluate_cityscapes", "evaluate_ade20k", "evaluate_cadis"}
+    assert {name.split("@")[0] for name in edited} >= {
+        "evaluate_cityscapes",
+        "evaluate_ade20k",
+        "evaluate_cadis",
+    }
     assert not [name for name in edited if name.startswith("train")]
