@@ -16,6 +16,7 @@ from mscs.errors import MscsError, UsageError
 from mscs.params import Settings, load_params
 from mscs.results import read_json, write_json
 from reproduce.pipeline import FIGURE_RUNS, TSNE_RUNS
+from reproduce.runtime import run_in_container, wants_container
 
 
 def resolve(profile: str) -> None:
@@ -152,6 +153,8 @@ def parser() -> argparse.ArgumentParser:
 def _handle(args: argparse.Namespace) -> int | None:
     if not _resolved(args.profile).exists() and args.verb != "resolve":
         raise MscsError(f"{_resolved(args.profile)} is missing; run `dvc repro resolve` first")
+    if wants_container(args.profile):
+        return run_in_container(args.verb, args.profile, args.name)
     return VERBS[args.verb](args.profile, *([args.name] if args.name else []))
 
 

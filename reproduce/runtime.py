@@ -1,0 +1,207 @@
+"""Where a pipeline stage runs: in this interpreter, or in a container of the project's image.
+
+The stage's command is the same either way, so DVC sees one hash. Stages of profile paper run in the image,
+those of mini here; MSCS_RUNTIME=native or docker overrides. The project is mounted at its own path, because
+links between its files may be absolute.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mscs.errors import MscsError, UsageError, unknown_name
+from mscs.provenance import git_state
+
+RUNTIMES = ("native", "docker")
+IMAGE = "mscs:train"
+SHARED_MEMORY = "8g"  # data loader workers hand batches over in /dev/shm; engines give 64 MB
+GPU_VERBS = ("train", "evaluate", "tsne", "qualitative")
+PASSED_ON = ("MSCS_DATA", "MSCS_FRESH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+INSTEAD = "; MSCS_RUNTIME=native runs the stage without a container"
+
+
+def wants_container(profile: str) -> bool:
+    """Return whether a stage of this profile, started here, belongs in a container."""
+    if os.environ.get("MSCS_IN_CONTAINER"):
+        return False
+    asked = os.environ.get("MSCS_RUNTIME") or ("docker" if profile == "paper" else "native")
+    if asked not in RUNTIMES:
+        raise UsageError(unknown_name("MSCS_RUNTIME", asked, RUNTIMES))
+    return asked == "docker"
+
+
+def run_in_container(verb: str, profile: str, name: str | None) -> int:
+    """Run one stage in a new container, pass signals on to it and return its exit code."""
+    client = connect()
+    image = find_image(client)
+    gpus = profile == "paper" and verb in GPU_VERBS
+    if gpus and not has_gpu_runtime(client.info()):
+        raise MscsError(
+            f"`{verb} {profile}` needs a GPU and the Docker engine cannot hand one over: install "
+            f"nvidia-container-toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, "
+            f"restart Docker{INSTEAD}"
+        )
+    options = container_options(verb, profile, name, Path.cwd(), image.id)
+    if gpus:
+        from docker.types import DeviceRequest
+
+        options["device_requests"] = [DeviceRequest(driver="nvidia", count=-1, capabilities=[["gpu"]])]
+    if "name=rootless" in client.info().get("SecurityOptions", ()):
+        options["user"] = "0:0"  # a rootless engine's root is the person who runs it
+    container = create(client, image, options)
+    print(f"{options['name']}: in {image.tags[0] if image.tags else image.id}", file=sys.stderr)
+    try:
+        return follow(container)
+    finally:
+        container.remove(force=True)
+
+
+def connect() -> Any:
+    """Return a client of the Docker engine that answers."""
+    import docker
+
+    try:
+        client = docker.from_env()
+        client.ping()
+    except (docker.errors.DockerException, OSError) as error:
+        raise MscsError(
+            f"no Docker engine answers ({error}): start it, or join its group "
+            f"(`sudo usermod -aG docker $USER`, then log in again){INSTEAD}"
+        ) from None
+    return client
+
+
+def find_image(client: Any) -> Any:
+    """Return the image that stages run in: $MSCS_TRAIN_IMAGE, or mscs:train."""
+    import docker
+
+    name = os.environ.get("MSCS_TRAIN_IMAGE") or IMAGE
+    try:
+        return client.images.get(name)
+    except docker.errors.ImageNotFound:
+        raise MscsError(f"there is no image {name}; `make image` builds it{INSTEAD}") from None
+
+
+def has_gpu_runtime(info: dict[str, Any]) -> bool:
+    """Return whether an engine with this `docker info` can give NVIDIA GPUs to containers."""
+    discovered = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or ()]
+    return "nvidia" in info.get("Runtimes", {}) or any("nvidia.com/gpu" in name for name in discovered)
+
+
+def container_options(verb: str, profile: str, name: str | None, root: Path, image: str) -> dict[str, Any]:
+    """Return what the container of a stage is created with.
+
+    Its name has no random part: two containers that write the same files cannot be there at once.
+    """
+    git = git_state(root)
+    environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    environment |= {
+        "HOME": "/tmp",
+        "USER": os.environ.get("USER", "mscs"),
+        "MSCS_IMAGE": image,
+        "MSCS_WEIGHTS": str(weights_folder()),
+    }
+    if git["commit"]:
+        environment["MSCS_GIT_COMMIT"] = git["commit"] + ("-dirty" if git["dirty"] else "")
+    return {
+        "name": f"mscs-{name}"
+        if verb in ("train", "evaluate")
+        else "-".join(filter(None, ("mscs", verb, name))),
+        "command": ["python", "-m", "reproduce.stages", verb, profile, *([name] if name else [])],
+        "working_dir": str(root),
+        "volumes": [f"{path}:{path}:{mode}" for path, mode in mounts(root).items()],
+        "user": f"{os.getuid()}:{os.getgid()}",
+        "userns_mode": "host",
+        "environment": environment,
+        "network_mode": os.environ.get("MSCS_NETWORK") or "none",
+        "shm_size": SHARED_MEMORY,
+        "init": True,
+        "detach": True,
+    }
+
+
+def weights_folder() -> Path:
+    """Return where pretrained weights lie, as mscs.models does, without loading PyTorch."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hub = Path(os.environ.get("TORCH_HOME") or cache / "torch") / "hub" / "checkpoints"
+    return Path(os.environ.get("MSCS_WEIGHTS") or hub).absolute()
+
+
+def mounts(root: Path) -> dict[Path, str]:
+    """Return the folders that a stage uses and how: the project rw, data outside it or linked ro."""
+    data = (root / os.environ.get("MSCS_DATA", "data")).absolute()
+    found = {folder.resolve(): "rw" for folder in (root / "work", root / "results") if folder.is_dir()}
+    found |= {weights_folder(): "rw"} if weights_folder().is_dir() else {}
+    for folder in (data, *(data.glob("*") if data.is_dir() else ())):
+        for path in {folder, folder.resolve()}:
+            if path.is_dir():
+                found.setdefault(path, "ro")
+    outside = {path: mode for path, mode in found.items() if not path.is_relative_to(root)}
+    return {root: "rw", **outside}
+
+
+def create(client: Any, image: Any, options: dict[str, Any]) -> Any:
+    """Create the container; one of its name that still runs is an error, one that has ended is replaced."""
+    import docker
+
+    with suppress(docker.errors.NotFound):
+        old = client.containers.get(options["name"])
+        if old.status in ("running", "paused", "restarting"):
+            raise MscsError(
+                f"container {options['name']} is at work on the same files; wait for it (`docker logs -f "
+                f"{options['name']}`), or stop it: `docker stop --time 120 {options['name']}` saves a checkpoint"
+            )
+        old.remove(force=True)
+    try:
+        return client.containers.create(image.id, **options)
+    except docker.errors.APIError as error:
+        raise MscsError(
+            f"Docker refuses the container {options['name']}: {error.explanation}{INSTEAD}"
+        ) from None
+
+
+def follow(container: Any) -> int:
+    """Start a container, copy its output here until it ends, and return its exit code."""
+    import docker
+
+    output = container.attach(stream=True, demux=True)
+    with _signals_to(container):
+        try:
+            container.start()
+        except docker.errors.APIError as error:
+            raise MscsError(f"Docker cannot start {container.name}: {error.explanation}{INSTEAD}") from None
+        for out, err in output:
+            for text, stream in ((out, sys.stdout), (err, sys.stderr)):
+                if text:
+                    stream.buffer.write(text)
+                    stream.flush()
+        code = int(container.wait()["StatusCode"])
+    container.reload()
+    if container.attrs["State"].get("OOMKilled"):
+        raise MscsError(
+            f"{container.name} ran out of memory and was killed; `mscs doctor` says what a run needs"
+        )
+    return code
+
+
+@contextmanager
+def _signals_to(container: Any) -> Iterator[None]:
+    """Hand termination signals to the container, which then saves and ends; a lost terminal is one too."""
+    import docker
+
+    def hand_over(number: int, _frame: FrameType | None) -> None:
+        with suppress(docker.errors.APIError):
+            container.kill(signal="SIGINT" if number == signal.SIGINT else "SIGTERM")
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, hand_over) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
