@@ -153,8 +153,8 @@ def create(client: Any, image: Any, options: dict[str, Any]) -> Any:
         old = client.containers.get(options["name"])
         if old.status in ("running", "paused", "restarting"):
             raise MscsError(
-                f"container {options['name']} is at work on the same files; wait for it (`docker logs -f "
-                f"{options['name']}`), or stop it: `docker stop --time 120 {options['name']}` saves a checkpoint"
+                f"container {options['name']} is at work on the same files; wait for it, or stop it: "
+                f"`docker stop --time 120 {options['name']}` saves a checkpoint"
             )
         old.remove(force=True)
     try:
