@@ -1,0 +1,115 @@
+"""What a user's mistakes look like: one clear line, the right exit code, nothing lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mscs.cli import main
+
+ROOT = Path(__file__).parent.parent
+RUN = "cityscapes-hrnet-hr48-ce-b8-40k"
+SMALL = ["--set=steps=1", "--set=crop_size=[64, 96]", "--set=threads=1", "--set=log_every=1"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_runs_and_show_print_json(project, capsys):
+    assert main(["runs", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)
+    assert {"run", "dataset", "model", "backbone", "variant"} == set(runs[0])
+    assert main(["show", "cadis-ocrnet-r50-ours", "--profile", "paper", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["crop_size"], shown["weight_decay"], shown["optimizer"]) == ([540, 960], 0.0, "adam")
+    needed = "run profile dataset model backbone pretrained crop_size optimizer lr lr_schedule weight_decay"
+    for key in f"{needed} batch_size steps loss projector evaluation".split():
+        assert key in shown
+        assert key in shown["sources"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "cityscapes-hrnet-hr48-our"], ["did you mean 'cityscapes-hrnet-hr48-ours'", "mscs runs"]),
+        (["show", RUN, "--profile", "minni"], ["'minni'", "did you mean 'mini'"]),
+        (["show", RUN, "--set", "lr"], ["key=value"]),
+        (["show", RUN, "--params", "nowhere.yaml"], ["nowhere.yaml", "not found"]),
+        (["train", RUN, "--data-root", "nowhere"], ["nowhere", "mscs data"]),
+        (["evaluate", RUN, "--data-root", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(project, capsys, arguments, words):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mscs: error: ")
+    for word in words:
+        assert word in error
+    assert "Traceback" not in error
+
+
+def test_a_typo_in_params_names_file_section_and_key(project, capsys):
+    path = project / "params.yaml"
+    path.write_text(path.read_text().replace("optimizer: sgd", "optimiser: sgd", 1))
+    assert main(["runs"]) == 2
+    error = capsys.readouterr().err
+    assert "params.yaml: schedules.cityscapes-hrnet-hr48: unknown key 'optimiser'" in error
+    assert "did you mean 'optimizer'" in error
+
+
+def test_train_then_evaluate_then_score_again(project, generated, capsys):
+    root = str(generated("cityscapes"))
+    assert main(["train", RUN, "--data-root", root, *SMALL]) == 0
+    assert main(["evaluate", RUN, "--data-root", root, *SMALL]) == 0
+    (folder,) = (project / "results/mini/runs").iterdir()
+    assert folder.name.startswith(f"{RUN}+"), "changed settings get a folder of their own"
+    record = json.loads((folder / "evaluation.json").read_text())
+    assert record["ss"]["n"] == 1
+    assert 0 <= record["ss"]["miou"] <= 100
+    assert len(record["ss"]["seeds"]["0"]["class_iou"]) == 19
+    provenance = json.loads((folder / "run.json").read_text())
+    assert provenance["settings"]["run"] == RUN
+    assert "torch" in provenance["packages"]
+
+
+def test_a_broken_image_is_named_and_ends_with_1(project, generated, capsys):
+    root = project / "broken"
+    shutil.copytree(generated("cityscapes"), root)
+    for image in root.glob("leftImg8bit/train/*/*.png"):
+        image.write_bytes(image.read_bytes()[:200])
+    assert main(["train", RUN, "--data-root", str(root), *SMALL]) == 1
+    assert "_leftImg8bit.png" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_results_folder_is_a_clear_error(project, generated, capsys):
+    (project / "results").mkdir()
+    (project / "results").chmod(0o500)
+    assert main(["train", RUN, "--data-root", str(generated("cityscapes")), *SMALL]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_results_file_in_the_way_is_a_clear_error(project, generated, capsys):
+    (project / "results").write_text("in the way")
+    assert main(["train", RUN, "--data-root", str(generated("cityscapes")), *SMALL]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_evaluating_an_untrained_run_says_so(project, generated, capsys):
+    assert main(["evaluate", RUN, "--data-root", str(generated("cityscapes"))]) == 2
+    assert "train the run first" in capsys.readouterr().err
+
+
+def test_the_installed_command_answers(project):
+    done = subprocess.run(
+        [sys.executable, "-m", "mscs", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("mscs 0.")
