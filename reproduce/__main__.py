@@ -76,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--html", metavar="FILE", help="write a page")
     compare.add_argument("--json", action="store_true", help="print JSON")
 
+    memory = command("memory", _memory, "measure the GPU memory of Table 2(a)'s rows, without any dataset")
+    memory.add_argument("--profile", help="where the result goes (default: the one in params.yaml)")
+
     command("params", _parameters, "count the parameters of every network, without allocating weights")
     command(
         "pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
@@ -201,6 +204,18 @@ def _compare(args: argparse.Namespace) -> None:
     if args.html:
         write_text(args.html, as_html(document))
     print(json.dumps(document, indent=1) if args.json else as_text(document))
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from reproduce.memory import measure_on_gpu
+
+    params = load_params()
+    path = RESULTS / (args.profile or params.profile) / "memory.json"
+    document = measure_on_gpu(params)
+    write_json(path, document)
+    for run, row in document["runs"].items():
+        print(f"{run:42} dense {row['dense_gb']!s:>6}  this package {row['ours_gb']!s:>6} GiB")
+    print(path)
 
 
 def _resolve(args: argparse.Namespace) -> None:

@@ -1,0 +1,98 @@
+"""Peak GPU memory of Table 2(a)'s rows: the dense formula beside this package's, under the paper's 24 GB.
+
+One process trains two steps on the paper's images per GPU (two crops of 512x1024) with drawn pixels and
+labels; no dataset is needed. Every pixel has a label, so "all" sampling is at its largest. Numbers are peaks
+of memory in use (PyTorch's allocator, GiB), without the CUDA context that nvidia-smi adds.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mscs.datasets import label_set
+from mscs.engine import apply_machine_settings, build_network, build_objective
+from mscs.errors import MscsError
+from mscs.optim import build_optimizer
+from mscs.params import Params, Settings
+from mscs.seeding import torch_generator
+from reproduce.cells import cells
+
+CAP_GB = 24.0
+BACKENDS = {"dense_gb": "reference", "ours_gb": "auto"}
+LABEL_BLOCK = 32  # side of equally labelled squares, so that every scale shows several classes
+STEPS = 2  # the optimiser's state exists from the second on
+
+Measure = Callable[[Settings, str], float | None]
+
+
+def memory_runs() -> list[str]:
+    """Return the runs whose memory Table 2(a) prints, and the stride-8 reading of its first row."""
+    return [cell.run for cell in cells("2a") if cell.read == "memory" and cell.run is not None]
+
+
+def measure_runs(params: Params, measure: Measure) -> dict[str, dict[str, float | str]]:
+    """Return {run: {dense_gb, ours_gb}}; "OOM" where `measure` gave None."""
+    found: dict[str, dict[str, float | str]] = {}
+    for run in memory_runs():
+        settings = params.resolve(run, "paper", {"pretrained": False}).settings
+        peaks = {key: measure(settings, backend) for key, backend in BACKENDS.items()}
+        found[run] = {key: "OOM" if peak is None else round(peak, 2) for key, peak in peaks.items()}
+    return found
+
+
+def measure_on_gpu(params: Params) -> dict[str, Any]:
+    """Return memory.json's content for the current CUDA device; MscsError where there is none."""
+    if not torch.cuda.is_available():
+        raise MscsError("measuring GPU memory needs a CUDA device, and PyTorch sees none (see `mscs doctor`)")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GB * 2**30 / total))
+    cap = min(CAP_GB, total / 2**30)
+    runs = measure_runs(params, gpu_peak)
+    return {"device": torch.cuda.get_device_name(0), "cap_gb": round(cap, 1), "runs": runs}
+
+
+def gpu_peak(settings: Settings, backend: str) -> float | None:
+    """Return the peak in GiB of training one group of images, None if the memory ran out."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        train_steps(settings, backend, torch.device("cuda"))
+    except torch.OutOfMemoryError:
+        return None
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def train_steps(settings: Settings, backend: str, device: torch.device) -> float:
+    """Train `STEPS` steps on one group of drawn images; return the last loss."""
+    apply_machine_settings(settings)
+    labels = label_set(settings.dataset, settings.task)
+    model = build_network(settings, labels.num_classes, seed=0).to(device).train()
+    if settings.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    objective = build_objective(settings, labels, device)  # type: ignore[arg-type]
+    assert objective.contrastive is not None
+    objective.contrastive.backend = backend
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        settings.optimizer,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        fused=device.type == "cuda",
+    )
+    generator = torch_generator(0, "memory")
+    height, width = settings.crop_size
+    shape = (settings.images_per_group, height // LABEL_BLOCK, width // LABEL_BLOCK)
+    blocks = torch.randint(0, labels.num_classes, shape, generator=generator)
+    truth = F.interpolate(blocks[:, None].float(), (height, width))[:, 0].long().to(device)
+    images = torch.randn(len(blocks), 3, height, width, generator=generator).to(device)
+    for step in range(STEPS):
+        total, _, _ = objective(model(images), truth, [torch_generator(0, "anchors", step)])
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+    return float(total.detach())
