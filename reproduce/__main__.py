@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from mscs.cli import RESULTS, resolve_all, run_command
 from mscs.errors import UsageError, unknown_name
@@ -78,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     memory = command("memory", _memory, "measure the GPU memory of Table 2(a)'s rows, without any dataset")
     memory.add_argument("--profile", help="where the result goes (default: the one in params.yaml)")
+
+    calibrate = command("calibrate", _calibrate, "score a published checkpoint; without NAME list them")
+    calibrate.add_argument("name", metavar="NAME", nargs="?", help="which one")
+    calibrate.add_argument("--weights", type=Path, metavar="PATH", help="its downloaded file")
+    calibrate.add_argument("--data", type=Path, metavar="ROOT", help="folder of its dataset")
+    calibrate.add_argument("--ss", action="store_true", help="single scale only")
+    calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
     command("params", _parameters, "count the parameters of every network, without allocating weights")
     command(
@@ -216,6 +224,28 @@ def _memory(args: argparse.Namespace) -> None:
     for run, row in document["runs"].items():
         print(f"{run:42} dense {row['dense_gb']!s:>6}  this package {row['ours_gb']!s:>6} GiB")
     print(path)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from mscs.distributed import join_world
+    from reproduce.calibrate import CHECKPOINTS, as_text, calibrate, find
+
+    if args.name is None:
+        for name, entry in CHECKPOINTS.items():
+            digest = entry.sha256 or "not published"
+            print(f"{name:17} mIoU {dict(entry.published)}  {entry.url}  SHA-256 {digest}")
+        return 0
+    checkpoint = find(args.name)
+    if args.weights is None or args.data is None:
+        raise UsageError(f"give --weights and --data; the weights are at {checkpoint.url}")
+    with join_world(args.device) as world:
+        document = calibrate(
+            checkpoint, args.weights, args.data, load_params(), world, multi_scale=not args.ss
+        )
+        if world.is_main:
+            write_json(RESULTS / "calibration" / f"{args.name}.json", document)
+            print(as_text(args.name, document))
+    return int(not all(row["agrees"] for row in document["scores"].values()))
 
 
 def _resolve(args: argparse.Namespace) -> None:

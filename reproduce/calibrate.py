@@ -1,0 +1,200 @@
+"""Published checkpoints of others through this evaluation: does it give their published score?
+
+To be done before spending GPU-weeks. Networks and protocol are those of recipe `upstream`. Left to explain a
+difference within the tolerance: images are resized by Pillow (with area support) instead of OpenCV, padded to
+a multiple of 32, and at several scales resized from the padded image instead of the original.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mscs.checkpoint import file_digest
+from mscs.distributed import World
+from mscs.engine import apply_machine_settings, build_network, open_dataset
+from mscs.errors import UsageError, unknown_name
+from mscs.evaluation import MODES, build_protocol, evaluate_model
+from mscs.inference import Predictor
+from mscs.metrics import scores
+from mscs.models import ModelOutput, load_upstream, read_state_dict
+from mscs.params import Params, Settings
+
+TOLERANCES = {"ss": 0.3, "ms": 0.5}
+SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.1/upernet_swin_{}_patch4_window7_512x512.pth"
+HRNET = "https://github.com/hsfzxjy/models.storage/releases/download/HRNet-OCR/{}_torch11.pth"
+SWIN_SOURCE = "Swin-Transformer-Semantic-Segmentation, README"
+HRNET_SOURCE = "HRNet-Semantic-Segmentation, branch HRNet-OCR, README"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint: the run that has its network and protocol, its mIoU in percent, where it is.
+
+    sha256: None where none is recorded anywhere; loader: "upstream", or "transformers", which brings its own
+    network (the weights are then the downloaded folder). overrides: of the run's settings.
+    """
+
+    run: str
+    published: Mapping[str, float]
+    source: str
+    url: str
+    sha256: str | None = None
+    loader: str = "upstream"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+CHECKPOINTS = {
+    "upernet-swin-t": Checkpoint(
+        "ade20k-upernet-swint-ce",
+        {"ss": 44.51, "ms": 45.81},
+        SWIN_SOURCE,
+        SWIN.format("tiny"),
+        # recorded by third parties; the authors give none
+        "c26408bb5ddee935dcc709ad7815fa039f2db2b41134cd702da7da277d1a7d89",
+    ),
+    "upernet-swin-s": Checkpoint(
+        "ade20k-upernet-swins-ce", {"ss": 47.64, "ms": 49.47}, SWIN_SOURCE, SWIN.format("small")
+    ),
+    # its run has another pretraining, but the same network
+    "upernet-swin-b": Checkpoint(
+        "ade20k-upernet-swinb22k-ce", {"ss": 48.13, "ms": 49.72}, SWIN_SOURCE, SWIN.format("base")
+    ),
+    "hrnet-w48": Checkpoint(
+        "cityscapes-hrnet-hr48-ce", {"ss": 80.9}, HRNET_SOURCE, HRNET.format("hrnet_cs_8090")
+    ),
+    "ocrnet-hrnet-w48": Checkpoint(
+        "cityscapes-ocrnet-hr48-ce", {"ss": 81.6}, HRNET_SOURCE, HRNET.format("hrnet_ocr_cs_8162")
+    ),
+    "segformer-b5": Checkpoint(
+        "ade20k-upernet-swint-ce",
+        {"ss": 51.0, "ms": 51.8},
+        "Xie et al., SegFormer, NeurIPS 2021",
+        "https://huggingface.co/nvidia/segformer-b5-finetuned-ade-640-640",
+        loader="transformers",
+        overrides={"short_side": 640},
+    ),
+}
+
+
+def find(name: str) -> Checkpoint:
+    """Return an entry of the list; an unknown name is a UsageError."""
+    if name not in CHECKPOINTS:
+        raise UsageError(unknown_name("checkpoint", name, CHECKPOINTS))
+    return CHECKPOINTS[name]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    weights: Path,
+    root: Path,
+    params: Params,
+    world: World,
+    *,
+    multi_scale: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on the dataset in `root`; return its scores beside the published ones."""
+    settings = checkpoint_settings(checkpoint, params)
+    apply_machine_settings(settings)
+    dataset = open_dataset(settings, "val", root)
+    model = load_model(checkpoint, settings, dataset.num_classes, weights)
+    predictor = Predictor(model, build_protocol(settings), device=world.device)
+    rows = {}
+    for mode, published in checkpoint.published.items():
+        if mode == "ms" and not multi_scale:
+            continue
+        tally = evaluate_model(predictor, dataset, settings, world, multi_scale=MODES[mode])
+        found = float(scores(tally.confusion, settings.absent_classes)["miou"])  # type: ignore[arg-type]
+        rows[mode] = judge(found, published, TOLERANCES[mode])
+    document = {
+        "run": checkpoint.run,
+        "source": checkpoint.source,
+        "url": checkpoint.url,
+        "images": len(dataset),
+    }
+    return {**document, **check_file(checkpoint, weights), "scores": rows}
+
+
+def judge(found: float, published: float, tolerance: float) -> dict[str, Any]:
+    """Return a score beside the published one, and whether they agree."""
+    difference = found - published
+    agrees = abs(difference) <= tolerance
+    return {
+        "miou": found,
+        "published": published,
+        "difference": difference,
+        "tolerance": tolerance,
+        "agrees": agrees,
+    }
+
+
+def checkpoint_settings(checkpoint: Checkpoint, params: Params) -> Settings:
+    """Return the settings of a checkpoint's run in recipe `upstream`."""
+    overrides = {"recipe": "upstream", "pretrained": False, **checkpoint.overrides}
+    return params.resolve(checkpoint.run, "paper", overrides).settings
+
+
+def load_model(checkpoint: Checkpoint, settings: Settings, num_classes: int, weights: Path) -> nn.Module:
+    """Return the network of a checkpoint with its weights; a file that does not fit is a UsageError."""
+    if checkpoint.loader == "transformers":
+        return SegFormer(weights)
+    model = build_network(settings, num_classes, seed=None, projector=False)
+    load_upstream(model, read_state_dict(weights))  # type: ignore[arg-type]
+    return model
+
+
+def check_file(checkpoint: Checkpoint, weights: Path) -> dict[str, Any]:
+    """Return a weight file's SHA-256 and whether it is the recorded one."""
+    if not weights.is_file():
+        return {"sha256": None, "checksum": "a folder"}
+    digest = file_digest(weights)
+    recorded = checkpoint.sha256
+    verdict = (
+        "none recorded"
+        if recorded is None
+        else "as recorded"
+        if digest == recorded
+        else "not the recorded one"
+    )
+    return {"sha256": digest, "checksum": verdict}
+
+
+class SegFormer(nn.Module):
+    """SegFormer as transformers has it, behind the interface of this package's networks."""
+
+    def __init__(self, folder: Path):
+        """Load a downloaded folder (config.json and weights); nothing is fetched."""
+        super().__init__()
+        try:
+            from transformers import SegformerForSemanticSegmentation
+        except ImportError:
+            raise UsageError('segformer-b5 needs transformers: pip install "mscs[calibrate]"') from None
+        if not folder.is_dir():
+            raise UsageError(
+                f"no folder {folder}; it must hold the files of {CHECKPOINTS['segformer-b5'].url}"
+            )
+        self.net = SegformerForSemanticSegmentation.from_pretrained(folder, local_files_only=True)
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """Return logits (B, 150, H, W): the network's own, at stride 4, upsampled."""
+        logits = self.net(pixel_values=images).logits
+        return ModelOutput(
+            F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False), None, None
+        )
+
+
+def as_text(name: str, document: Mapping[str, Any]) -> str:
+    """Return the outcome in a few lines."""
+    lines = [
+        f"{name} on {document['images']} images, file {document['checksum']} (SHA-256 {document['sha256']})"
+    ]
+    for mode, row in document["scores"].items():
+        verdict = "agrees" if row["agrees"] else "does NOT agree"
+        lines.append(
+            f"  {mode}: mIoU {row['miou']:.2f}, published {row['published']:.2f}, "
+            f"difference {row['difference']:+.2f}: {verdict} (tolerance {row['tolerance']})"
+        )
+    return "\n".join(lines)
