@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+BASE_IMAGE ?= nvidia/cuda:13.0.2-base-ubuntu24.04
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all check lock clean
+.PHONY: help setup reproduce test test-all check image docker-test lock clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +34,13 @@ check: $(READY) ## linters and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+image: ## build the container images from this commit and lock
+	GIT_COMMIT=$$(git describe --always --abbrev=40 --exclude='*' --dirty) \
+	LOCK_DIGEST=$$(sha256sum requirements.lock | cut -c 1-12) $(COMPOSE) build train tables
+
+docker-test: $(READY) ## build the images (BASE_IMAGE=... names their base) and test them in real containers
+	MSCS_BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest tests/docker
 
 lock: ## pin every package anew from pyproject.toml
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; }

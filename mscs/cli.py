@@ -78,8 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     from mscs.datasets.commands import add_data_commands
+    from mscs.doctor import add_doctor_command
 
     add_data_commands(commands)
+    add_doctor_command(commands)
 
     return parser
 
@@ -172,10 +174,10 @@ def _train(args: argparse.Namespace) -> int:
         processes = args.processes
     else:
         processes = _gpu_count(args.device)
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _launch(processes, args.argv)
     root = args.data_root or data_root(settings)
     _require_data(settings, root)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _launch(processes, args.argv)
 
     from mscs.distributed import join_world
     from mscs.engine import TrainFiles, train_run
@@ -258,9 +260,23 @@ def _launch(processes: int, argv: list[str]) -> int:
 
 
 def _require_data(settings: Settings, root: Path) -> None:
-    if not root.is_dir():
+    """Draw a generated dataset that is not there yet; ask for a real one."""
+    if root.is_dir():
+        return
+    if settings.data_source != "generated" or root != data_root(settings):
         profile = f"`python -m reproduce run {settings.dataset}`"
         raise UsageError(f"no dataset in {root}; make or fetch it with {profile} or `mscs data --help`")
+    from mscs.datasets.synth import write_dataset
+
+    if settings.train_images is None or settings.val_images is None:
+        raise UsageError("generated data needs train_images and val_images")
+    write_dataset(
+        settings.dataset,
+        root,
+        train=settings.train_images,
+        val=settings.val_images,
+        image_size=settings.image_size,
+    )
 
 
 def _manifest_digest(path: Path) -> str | None:

@@ -9,7 +9,7 @@ LAYERS = [
     {"errors", "seeding", "distributed", "metrics", "results", "provenance"},
     {"datasets", "transforms", "models", "losses", "optim"},
     {"params", "loader", "checkpoint", "inference", "predictions"},
-    {"engine"},
+    {"engine", "doctor"},
     {"evaluation"},
     {"cli"},
     {"__main__"},
