@@ -95,7 +95,8 @@ def check_packages(_profile: str) -> Iterator[Finding]:
         yield Finding("packages", "problem", f"no {LOCK}", "run this in the project's folder")
         return
     wanted = pinned(LOCK.read_text())
-    other = {name: _version(name) for name, version in wanted.items() if _version(name) != version}
+    installed = {name: _version(name) for name in wanted}
+    other = {name: found for name, found in installed.items() if found != wanted[name]}
     if not other:
         yield Finding("packages", "ok", f"{len(wanted)}, all as in {LOCK}")
         return

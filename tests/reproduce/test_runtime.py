@@ -1,0 +1,240 @@
+"""Which runtime a stage gets, what its container is created with, and what goes wrong; without an engine."""
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import docker
+from mscs.errors import MscsError, UsageError
+from reproduce import runtime, stages
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch, tmp_path):
+    for name in ("MSCS_RUNTIME", "MSCS_IN_CONTAINER", "MSCS_DATA", "MSCS_TRAIN_IMAGE", "MSCS_NETWORK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MSCS_WEIGHTS", str(tmp_path / "weights"))
+
+
+class Container:
+    """Stands in for a container: prints, then ends with `code`, or when a signal reaches it."""
+
+    name = "mscs-x"
+
+    def __init__(self, code=0, waits=False, oom=False, status="created"):
+        self.code, self.status, self.removed = code, status, False
+        self.attrs = {"State": {"OOMKilled": oom}}
+        self.ended = threading.Event()
+        if not waits:
+            self.ended.set()
+
+    def attach(self, **_options):
+        yield b"to stdout\n", None
+        yield None, b"to stderr\n"
+        self.ended.wait(10)
+
+    def start(self):
+        self.status = "running"
+
+    def kill(self, **options):
+        self.code = {"SIGINT": 130, "SIGTERM": 143}[options["signal"]]
+        self.ended.set()
+
+    def wait(self):
+        return {"StatusCode": self.code}
+
+    def reload(self):
+        pass
+
+    def remove(self, force=False):
+        self.removed = True
+
+
+class Engine:
+    """Stands in for a Docker client with one image and at most one container."""
+
+    def __init__(self, container=None, old=None, runtimes=("runc",), image=True):
+        self.container, self.old, self.runtimes, self.image = container, old, runtimes, image
+        self.images = SimpleNamespace(get=self._get_image)
+        self.containers = SimpleNamespace(get=self._get, create=self._create)
+
+    def ping(self):
+        return True
+
+    def info(self):
+        return {"Runtimes": {name: {} for name in self.runtimes}, "SecurityOptions": []}
+
+    def _get_image(self, name):
+        if not self.image:
+            raise docker.errors.ImageNotFound(name)
+        return SimpleNamespace(id="sha256:1234", tags=[name])
+
+    def _get(self, name):
+        if self.old is None or self.old.removed:
+            raise docker.errors.NotFound(name)
+        return self.old
+
+    def _create(self, image, **options):
+        self.created = {"image": image, **options}
+        return self.container
+
+
+def use(monkeypatch, engine):
+    monkeypatch.setattr(docker, "from_env", lambda **_: engine)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("profile", "asked", "inside", "expected"),
+    [
+        ("paper", None, None, True),
+        ("mini", None, None, False),
+        ("paper", "native", None, False),
+        ("mini", "docker", None, True),
+        ("paper", None, "1", False),
+        ("mini", "docker", "1", False),
+    ],
+)
+def test_paper_runs_in_the_image_and_mini_here_unless_asked(monkeypatch, profile, asked, inside, expected):
+    if asked:
+        monkeypatch.setenv("MSCS_RUNTIME", asked)
+    if inside:
+        monkeypatch.setenv("MSCS_IN_CONTAINER", inside)
+    assert runtime.wants_container(profile) is expected
+
+
+def test_an_unknown_runtime_names_the_known(monkeypatch):
+    monkeypatch.setenv("MSCS_RUNTIME", "podman")
+    with pytest.raises(UsageError, match="docker, native"):
+        runtime.wants_container("mini")
+
+
+def test_a_stage_goes_to_its_container_with_the_same_words(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/paper").mkdir(parents=True)
+    (tmp_path / "results/paper/resolved.json").write_text("{}")
+    engine = use(monkeypatch, Engine(Container(code=3), runtimes=("runc", "nvidia")))
+    assert stages.run(["train", "paper", "cadis-ocrnet-r50-ce"]) == 3
+    assert engine.created["command"] == [
+        "python",
+        "-m",
+        "reproduce.stages",
+        "train",
+        "paper",
+        "cadis-ocrnet-r50-ce",
+    ]
+    assert engine.created["name"] == "mscs-cadis-ocrnet-r50-ce"
+    assert engine.created["device_requests"][0]["Capabilities"] == [["gpu"]]
+    assert engine.container.removed
+
+
+def test_the_container_is_closed_to_the_network_and_belongs_to_the_caller(monkeypatch, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CITYSCAPES_PASSWORD", "hidden")
+    options = runtime.container_options("tables", "mini", "1a", tmp_path, "sha256:1234")
+    assert options["name"] == "mscs-tables-1a"
+    assert options["network_mode"] == "none"
+    assert options["user"] == f"{os.getuid()}:{os.getgid()}"
+    assert options["working_dir"] == str(tmp_path)
+    assert (options["init"], options["shm_size"]) == (True, "8g")
+    environment = options["environment"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert environment["MSCS_IMAGE"] == "sha256:1234"
+    head = subprocess.run(
+        ["git", "-C", tmp_path, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    assert environment["MSCS_GIT_COMMIT"] == head.stdout.strip()
+    assert "hidden" not in str(options)
+
+
+def test_what_lies_outside_the_project_is_mounted_too(monkeypatch, tmp_path):
+    project, data, disk = (tmp_path / name for name in ("project", "sets", "disk"))
+    for folder in (project, data / "cadis", disk / "ade", disk / "work", tmp_path / "weights"):
+        folder.mkdir(parents=True)
+    (data / "ade20k").symlink_to(disk / "ade")
+    (project / "work").symlink_to(disk / "work")
+    monkeypatch.setenv("MSCS_DATA", str(data))
+    assert runtime.mounts(project) == {
+        project: "rw",
+        disk / "work": "rw",
+        tmp_path / "weights": "rw",
+        data: "ro",
+        data / "cadis": "ro",
+        data / "ade20k": "ro",
+        disk / "ade": "ro",
+    }
+    monkeypatch.delenv("MSCS_DATA")
+    monkeypatch.setenv("MSCS_WEIGHTS", str(project / "work"))
+    assert list(runtime.mounts(project)) == [project, disk / "work"]
+
+
+def test_output_and_exit_code_come_through(capfdbinary):
+    assert runtime.follow(Container(code=7)) == 7
+    out, err = capfdbinary.readouterr()
+    assert (out, err) == (b"to stdout\n", b"to stderr\n")
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
+def test_signals_reach_the_container(sent, code):
+    before = signal.getsignal(sent)
+    threading.Timer(0.1, os.kill, (os.getpid(), sent)).start()
+    assert runtime.follow(Container(waits=True)) == code
+    assert signal.getsignal(sent) is before
+
+
+def test_a_container_out_of_memory_is_named():
+    with pytest.raises(MscsError, match="out of memory"):
+        runtime.follow(Container(code=137, oom=True))
+
+
+def test_a_second_start_is_refused_and_a_dead_container_replaced(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    use(monkeypatch, Engine(Container(), old=Container(status="running")))
+    with pytest.raises(MscsError, match=r"mscs-some-run is at work .*docker stop"):
+        runtime.run_in_container("train", "mini", "some-run")
+    dead = Container(status="exited")
+    engine = use(monkeypatch, Engine(Container(), old=dead))
+    assert runtime.run_in_container("train", "mini", "some-run") == 0
+    assert dead.removed
+    assert "device_requests" not in engine.created
+
+
+def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    use(monkeypatch, Engine(image=False))
+    with pytest.raises(MscsError, match=r"no image mscs:train; `make image`.*MSCS_RUNTIME=native"):
+        runtime.run_in_container("train", "paper", "x")
+    use(monkeypatch, Engine())
+    with pytest.raises(MscsError, match="nvidia-container-toolkit"):
+        runtime.run_in_container("train", "paper", "x")
+    monkeypatch.undo()
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
+    with pytest.raises(MscsError, match=r"no Docker engine answers .* MSCS_RUNTIME=native"):
+        runtime.connect()
+
+
+def test_gpu_runtimes_are_recognised():
+    assert runtime.has_gpu_runtime({"Runtimes": {"nvidia": {}}})
+    assert runtime.has_gpu_runtime({"Runtimes": {}, "DiscoveredDevices": [{"ID": "nvidia.com/gpu=0"}]})
+    assert not runtime.has_gpu_runtime({"Runtimes": {"runc": {}}, "DiscoveredDevices": None})
+
+
+def test_weights_are_looked_for_where_pytorch_does(monkeypatch, tmp_path):
+    from mscs.models import pretrained
+
+    assert runtime.weights_folder() == tmp_path / "weights"
+    monkeypatch.delenv("MSCS_WEIGHTS")
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert runtime.weights_folder() == Path(pretrained.weights_folder())
+        monkeypatch.delenv(name)
