@@ -66,7 +66,9 @@ def load_checkpoint(
         differing = [key for key in settings if settings[key] != info["settings"].get(key)]
         if differing:
             changes = ", ".join(f"{k}: {info['settings'].get(k)!r} -> {settings[k]!r}" for k in differing)
-            raise UsageError(f"{path} was written under other settings ({changes}); use --fresh to start again")
+            raise UsageError(
+                f"{path} was written under other settings ({changes}); use --fresh to start again"
+            )
         return info["step"], state
     return None
 

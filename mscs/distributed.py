@@ -44,7 +44,9 @@ def join_world(device: str = "auto") -> Iterator[World]:
             "(8 GPUs run two trainings side by side)"
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but PyTorch sees no GPU; run `mscs doctor`, or use --device cpu")
+        raise UsageError(
+            "device cuda was asked for, but PyTorch sees no GPU; run `mscs doctor`, or use --device cpu"
+        )
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:

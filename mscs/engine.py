@@ -34,17 +34,22 @@ from mscs.optim import build_optimizer, learning_rate
 from mscs.params import Settings, to_plain
 from mscs.results import write_csv, write_json
 from mscs.seeding import derive_seed, torch_generator
-from mscs.transforms import ColorJitter, PhotoMetricDistortion, TrainTransform
+from mscs.transforms import ColorJitter, Photometric, PhotoMetricDistortion, TrainTransform
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PHOTOMETRIC = {"jitter": ColorJitter(), "photometric": PhotoMetricDistortion(), "none": None}
+PHOTOMETRIC: dict[str, Photometric | None] = {
+    "jitter": ColorJitter(),
+    "photometric": PhotoMetricDistortion(),
+    "none": None,
+}
 
 
 class Stopped(MscsError):
     """The run was asked to stop by a signal; its checkpoint is written."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on from there")
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; the same command goes on from there")
         self.exit_code = 128 + signum
 
 
@@ -61,12 +66,11 @@ class Objective:
     def __call__(
         self, output: ModelOutput, labels: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Return the total loss, its named terms (unweighted) and anchor counts (means over groups, on CPU)."""
-        common = {"class_weights": self.class_weights, "images_per_group": self.images_per_group}
-        total = segmentation_loss(output.logits, labels, **common)
+        """Return the total loss, its named terms (unweighted) and anchor counts (means over groups)."""
+        total = self._cross_entropy(output.logits, labels)
         terms = {"ce": total}
         if output.aux_logits is not None and self.aux_weight:
-            terms["aux"] = segmentation_loss(output.aux_logits, labels, **common)
+            terms["aux"] = self._cross_entropy(output.aux_logits, labels)
             total = total + self.aux_weight * terms["aux"]
         counts: dict[str, Tensor] = {}
         if self.contrastive is not None:
@@ -81,6 +85,11 @@ class Objective:
                 means = getattr(record, name).double().mean(0)
                 counts |= {f"{name}_{i}": value for i, value in enumerate(means)}
         return total, terms, counts
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return segmentation_loss(
+            logits, labels, class_weights=self.class_weights, images_per_group=self.images_per_group
+        )
 
 
 def build_objective(settings: Settings, dataset: Dataset, device: torch.device) -> Objective:
@@ -107,7 +116,9 @@ def build_objective(settings: Settings, dataset: Dataset, device: torch.device) 
     )
 
 
-def build_network(settings: Settings, num_classes: int, *, seed: int | None, projector: bool = True) -> nn.Module:
+def build_network(
+    settings: Settings, num_classes: int, *, seed: int | None, projector: bool = True
+) -> nn.Module:
     """Build the model; its random weights are a function of the seed (None: weights will be loaded)."""
     if seed is not None:
         torch.manual_seed(derive_seed(seed, "weights"))
@@ -151,7 +162,7 @@ def apply_machine_settings(settings: Settings) -> None:
     torch.backends.cudnn.benchmark = not settings.deterministic
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     # filling fresh memory guards against reads before writes, which no operation here does, at twice the time
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -305,9 +316,12 @@ class Trainer:
         if self.on_log is not None and self.world.is_main:
             self.on_log(row)
         bar.set_postfix({key: f"{row[key]:.3g}" for key in ("loss", "ce", "lr")}, refresh=False)
+        terms = [key for key in values if not key.startswith(("anchors", "groups", "views"))]
         if self.world.is_main and bar.disable:
-            shown = " ".join(f"{k} {row[k]:.4g}" for k in row if k not in ("step",) and not k.startswith(("groups", "views", "anchors")))
-            print(f"{self.settings.run} seed {self.seed} step {done}/{self.settings.steps} {shown}", flush=True)
+            shown = " ".join(f"{key} {row[key]:.4g}" for key in ("lr", *terms))
+            print(
+                f"{self.settings.run} seed {self.seed} step {done}/{self.settings.steps} {shown}", flush=True
+            )
 
     def _save(self, done: int, parts: dict[str, Any]) -> None:
         if not self.world.is_main:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 NO_DECAY = ("absolute_pos_embed", "norm", "relative_position_bias_table")
-"""AdamW does not decay backbone parameters with one of these in the name (Swin's recipe; heads are decayed)."""
+"""AdamW does not decay backbone parameters with one of these in the name (Swin's recipe)."""
 
 
 def learning_rate(
@@ -59,9 +59,12 @@ def build_optimizer(
     raise ValueError(f"unknown optimizer {name!r}; accepted: sgd, adam, adamw")
 
 
-def adamw_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
+def adamw_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, object]]:
     """Split parameters into decayed and not decayed, by name."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for key, value in parameters:
         spared = key.startswith("backbone.") and any(word in key for word in NO_DECAY)
         (free if spared else decayed).append(value)

@@ -20,7 +20,9 @@ def git_state(folder: str | Path = ".") -> dict[str, Any]:
         return {"commit": announced.removesuffix("-dirty"), "dirty": announced.endswith("-dirty")}
     try:
         commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
-        changed = _output(["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "mscs"])
+        changed = _output(
+            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "mscs"]
+        )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}
