@@ -175,7 +175,7 @@ def _train(args: argparse.Namespace) -> int:
     else:
         processes = _gpu_count(args.device)
     root = args.data_root or data_root(settings)
-    _require_data(settings, root)
+    _require_data(settings, root, args)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return _launch(processes, args.argv)
 
@@ -214,7 +214,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.ms and "ms" not in settings.evaluation:
         settings = dataclasses.replace(settings, evaluation=(*settings.evaluation, "ms"))
     root = args.data_root or data_root(settings)
-    _require_data(settings, root)
+    _require_data(settings, root, args)
 
     from mscs.distributed import join_world
     from mscs.engine import TrainFiles
@@ -259,7 +259,7 @@ def _launch(processes: int, argv: list[str]) -> int:
     return subprocess.run([*command, "-m", "mscs", *argv], check=False).returncode
 
 
-def _require_data(settings: Settings, root: Path) -> None:
+def _require_data(settings: Settings, root: Path, args: argparse.Namespace) -> None:
     """Draw a generated dataset that is not there yet; ask for a real one."""
     if root.is_dir():
         return
@@ -268,6 +268,8 @@ def _require_data(settings: Settings, root: Path) -> None:
         raise UsageError(f"no dataset in {root}; make or fetch it with {profile} or `mscs data --help`")
     from mscs.datasets.synth import write_dataset
 
+    if not args.settings:  # other runs share the data: what --set says of it does not count
+        settings = load_params(args.params).resolve(settings.run, settings.profile).settings
     if settings.train_images is None or settings.val_images is None:
         raise UsageError("generated data needs train_images and val_images")
     write_dataset(
