@@ -54,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     report = command("report", _report, "rewrite report.html from the results that are there")
     report.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
 
+    cards = command("cards", _cards, "write model and data cards from the results that are there")
+    cards.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+
     resolve = command("resolve", _resolve, "write resolved.json, the settings of every run")
     resolve.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
 
@@ -177,6 +180,16 @@ def _report(args: argparse.Namespace) -> None:
     profile = args.profile or load_params().profile
     write_report(profile, RESULTS / profile)
     print(f"report: {(RESULTS / profile / 'report.html').resolve()}")
+
+
+def _cards(args: argparse.Namespace) -> None:
+    from reproduce.cards import write_cards
+    from reproduce.tables import Results
+
+    params = load_params()
+    results = Results(args.profile or params.profile)
+    written = write_cards(params, results)
+    print(f"{len(written)} cards: {(results.root / 'cards').resolve()}")
 
 
 def _ledger(args: argparse.Namespace) -> None:

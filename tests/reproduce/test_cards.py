@@ -1,0 +1,103 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mscs.results import write_json
+from reproduce.__main__ import main
+from reproduce.cards import data_card, write_cards
+from reproduce.tables import MINI_STAMP, Results
+
+RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
+
+
+def evaluation(miou, classes, ious):
+    seeds = {"0": {"miou": miou, "class_iou": ious}}
+    return {
+        "ss": {"miou": miou, "std": 0.5, "n": 3, "seeds": seeds},
+        "majority_miou": 1.5,
+        "classes": classes,
+    }
+
+
+@pytest.fixture
+def results(tmp_path):
+    """One evaluated run without a run record, and one checked dataset."""
+    found = Results("mini", tmp_path)
+    names = [f"class {i}" for i in range(8)]
+    document = evaluation(31.25, names, [90.0, 1.0, 80.0, None, 2.0, 70.0, 3.0, 60.0])
+    write_json(found.root / "runs" / RUN / "evaluation.json", document)
+    manifest = {
+        "dataset": "cadis",
+        "generated": True,
+        "splits": {"train": 48, "val": 12},
+        "digest": "0123abcd",
+        "colour_miou": 12.345,
+    }
+    write_json(found.root / "data" / "cadis.json", manifest)
+    return found
+
+
+def test_a_card_for_each_run_and_dataset_that_is_there(results, params):
+    paths = write_cards(params, results)
+    assert [path.name for path in paths] == [f"model-{RUN}.md", "data-cadis.md"]
+    assert all(path.parent == results.root / "cards" and path.exists() for path in paths)
+
+
+def test_model_card_shows_scores_settings_sources_and_ledger(results, params):
+    text = write_cards(params, results)[0].read_text()
+    assert MINI_STAMP in text
+    assert "| ss | 31.25 ± 0.50 | 3 |" in text
+    assert "| 2b | HRNet / +ours / 8 | mIoU 40K | 81.5 | 31.2 ± 0.5 (n=3) |  | ran (mini) |" in text
+    steps = params.resolve(RUN, "mini").settings.steps
+    assert f"| steps | {steps} | supplement, Table 2(b)" in text
+    assert "| weight-decay-cityscapes | 5e-05 |" in text
+    assert "cadis-padding" not in text
+
+
+def test_weakest_classes_come_first_and_absent_ones_not_at_all(results, params):
+    text = write_cards(params, results)[0].read_text()
+    weakest = text.split("## Weakest classes")[1].split("## Training")[0]
+    found = [line.split(" | ")[0] for line in weakest.splitlines() if line[8:9].isdigit()]
+    assert found == [f"| class {i}" for i in (1, 4, 6, 7, 5)]
+
+
+def test_what_a_run_was_trained_with_wins_over_params(results, params):
+    record = {
+        "seconds": 12.0,
+        "peak_gpu_bytes": 3 * 2**30,
+        "settings": {"lr": 0.123, "seeds": [0], "recipe": "code"},
+        "world_size": 4,
+        "data": None,
+        "git": {"commit": "abc", "dirty": True},
+        "packages": {"torch": "2"},
+        "machine": {"cpu": "some processor", "gpus": ["some card"]},
+        "image": None,
+        "finished": "2026-01-01T00:00:00Z",
+    }
+    write_json(results.root / "runs" / RUN / "run.json", record)
+    text = write_cards(params, results)[0].read_text()
+    assert "| lr | 0.123 |" in text
+    assert "| weight-decay-cityscapes | 0.0005 |" in text  # what recipe code takes
+    for line in ("| commit | abc with changes |", "| hardware | some card |", "| processes | 4 |"):
+        assert line in text
+    assert "| peak GPU memory (GiB) | 3.0 |" in text
+
+
+def test_data_card_tells_generated_from_published(results, params):
+    text = write_cards(params, results)[1].read_text()
+    assert text.startswith("# Data card: cadis")
+    assert "Generated scenes" in text
+    assert "| train | 48 | 3550 |" in text
+    assert "| cadis, task 2 | 17 |" in text
+    assert "12.3" in text
+    manifest = json.loads((results.root / "data" / "cadis.json").read_text())
+    assert "Generated" not in data_card("cadis", {**manifest, "generated": False}, "profile paper")
+
+
+def test_the_command_counts_what_it_wrote(results, tmp_path, monkeypatch, capsys, params):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").symlink_to(tmp_path)
+    (tmp_path / "params.yaml").write_text((Path(__file__).parents[2] / "params.yaml").read_text())
+    assert main(["cards", "--profile", "mini"]) == 0
+    assert capsys.readouterr().out.startswith("2 cards: ")
