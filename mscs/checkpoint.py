@@ -39,7 +39,8 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
     """Write the state after `step` steps, then drop all but the newest `KEPT` checkpoints."""
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary:
-        torch.save(dict(state), temporary)
+        with _full_disk(path):
+            torch.save(dict(state), temporary)
         digest = file_digest(temporary)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
     for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
@@ -76,20 +77,41 @@ def load_checkpoint(
 def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, str]) -> None:
     """Write final weights as safetensors, with `info` in the file's header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, _full_disk(path):
         save_file(tensors, temporary, metadata=dict(info))
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (tensors, header) of a weights file written by `save_weights`."""
+    header = read_header(path)
+    try:
+        return load_file(path), header
+    except SafetensorError as error:
+        raise MscsError(f"weights {path} cannot be read: {error}") from None
+
+
+def read_header(path: str | Path) -> dict[str, str]:
+    """Return what `save_weights` was told to put into the header."""
     try:
         with safe_open(path, framework="pt") as file:
-            info = dict(file.metadata() or {})
-        return load_file(path), info
+            return dict(file.metadata() or {})
     except FileNotFoundError:
         raise UsageError(f"weights {path} do not exist; train the run first") from None
     except SafetensorError as error:
         raise MscsError(f"weights {path} cannot be read: {error}") from None
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Say what happened where a library reports a failed write as an error of its own."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise MscsError(
+            f"cannot write {path} ({reason}); make room there. What was there before is untouched; "
+            "the same command goes on from the last checkpoint"
+        ) from error
 
 
 def file_digest(path: Path) -> str:

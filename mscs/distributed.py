@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,16 @@ class World:
     rank: int
     size: int
     device: torch.device
+    hosts: Any = None
+    """Group for messages between the processes' CPUs; None is the default group."""
+
+    def largest(self, value: int) -> int:
+        """Return the largest of all processes' values, without waiting for any GPU."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.hosts)
+        return int(box)
 
     @property
     def is_main(self) -> bool:
@@ -56,7 +67,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         return
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield World(rank, size, place)
+        yield World(rank, size, place, dist.new_group(backend="gloo") if on_gpu else None)
     finally:
         dist.destroy_process_group()
 
@@ -80,3 +91,8 @@ def barrier() -> None:
     """Wait until every process has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether an error says that another process is gone."""
+    return isinstance(error, dist.DistError) or "by peer" in str(error)

@@ -9,11 +9,12 @@ another number of processes gives another draw of the same distribution.
 
 import contextlib
 import math
+import resource
 import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mscs.checkpoint import load_checkpoint, lock, save_checkpoint, save_weights
+from mscs.checkpoint import load_checkpoint, lock, read_header, save_checkpoint, save_weights
 from mscs.datasets import Dataset, build_dataset
-from mscs.distributed import World, all_mean, barrier
+from mscs.distributed import WORLD_SIZES, World, all_mean, barrier, is_lost_peer
 from mscs.errors import MscsError
 from mscs.loader import Batch, train_loader
 from mscs.losses import MultiScaleContrastiveLoss, segmentation_loss
-from mscs.models import ModelOutput, build_model
+from mscs.models import ModelOutput, build_model, convert_sync_batchnorm
 from mscs.optim import build_optimizer, learning_rate
 from mscs.params import Settings, to_plain
 from mscs.results import write_csv, write_json
 from mscs.seeding import derive_seed, torch_generator
 from mscs.transforms import ColorJitter, Photometric, PhotoMetricDistortion, TrainTransform
+
+HIDDEN = ("step", "groups", "views", "anchors")
+"""Beginnings of the names in a log row that go to files only."""
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHOTOMETRIC: dict[str, Photometric | None] = {
@@ -51,6 +55,23 @@ class Stopped(MscsError):
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name} after step {step}; the same command goes on from there")
         self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What observers see at a logging step: all log rows so far, and the main process's part of the batch.
+
+    images: float (b, 3, h, w), normalised. labels: int64 (b, h, w). logits: float (b, K, h', w').
+    """
+
+    seed: int
+    history: Sequence[Mapping[str, float]]
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+Observer = Callable[[Snapshot], None]
 
 
 @dataclass
@@ -176,34 +197,33 @@ class Trainer:
     checkpoints: Path
     workers: int = 0
     stop_after: int | None = None
+    observers: Sequence[Observer] = ()
     history: list[dict[str, float]] = field(default_factory=list)
-    on_log: Callable[[dict[str, float]], None] | None = None
+    sessions: list[dict[str, float]] = field(default_factory=list)
+    """Of every start of this run so far: its first step, and its seconds until the last checkpoint."""
 
     def train(self) -> dict[str, Tensor]:
         """Train to the end and return the model's weights, projectors included."""
         settings, world = self.settings, self.world
-        model = build_network(settings, self.dataset.num_classes, seed=self.seed).to(world.device)
-        if settings.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        if world.size > 1:
-            from mscs.models import convert_sync_batchnorm
-
-            model = convert_sync_batchnorm(model)
-        optimizer = build_optimizer(
-            model.named_parameters(),
-            settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            fused=world.device.type == "cuda",
-        )
-        scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
-        parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        start = self._resume(parts)
-        network = self._wrap(model)
-        objective = build_objective(settings, self.dataset, world.device)
-        with _signals(world.is_main) as stop, self._progress(start) as bar:
-            self._loop(start, network, parts, objective, stop, bar)
+        with _explained(settings, world):
+            model = build_network(settings, self.dataset.num_classes, seed=self.seed).to(world.device)
+            if settings.channels_last:
+                model = model.to(memory_format=torch.channels_last)
+            optimizer = build_optimizer(
+                model.named_parameters(),
+                settings.optimizer,
+                lr=settings.lr,
+                weight_decay=settings.weight_decay,
+                momentum=settings.momentum,
+                fused=world.device.type == "cuda",
+            )
+            scaler = torch.amp.GradScaler(world.device.type, enabled=settings.precision == "fp16")
+            parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+            start = self._resume(parts)
+            network = self._wrap(model)
+            objective = build_objective(settings, self.dataset, world.device)
+            with _signals() as stop, _Progress(settings, self.seed, world, start) as progress:
+                self._loop(start, network, parts, objective, stop, progress)
         return model.state_dict()
 
     def _loop(
@@ -213,37 +233,45 @@ class Trainer:
         parts: dict[str, Any],
         objective: Objective,
         stop: "_StopFlag",
-        bar: tqdm,
+        progress: "_Progress",
     ) -> None:
-        settings, optimizer, scaler = self.settings, parts["optimizer"], parts["scaler"]
-        guard = _FiniteGuard(self.world.device)
+        settings, world = self.settings, self.world
+        optimizer, scaler = parts["optimizer"], parts["scaler"]
+        guard = _FiniteGuard(world.device, self.checkpoints, self.seed)
         network.train()
         for batch in self._batches(start):
+            done = batch.step + 1
+            shown = done % settings.log_every == 0 or done == settings.steps
             lr = self._learning_rate(batch.step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, self.world.rank))
+            torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, world.rank))
             images, labels = self._to_device(batch)
             dtype = AUTOCAST[settings.precision]
-            with torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None):
+            with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
                 output = network(images)
                 total, terms, counts = objective(output, labels, self._generators(batch.step))
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(total).backward()
+            if shown:
+                scaler.unscale_(optimizer)
+                counts["gradient_norm"] = gradient_norm(parts["model"])
             scaler.step(optimizer)
             scaler.update()
             guard.watch(batch, {"total": total, **terms})
-            done = batch.step + 1
-            if done % settings.log_every == 0 or done == settings.steps:
+            if shown:
                 guard.check()
-                self._log(done, lr, {"loss": total, **terms, **counts}, bar)
-            bar.update()
-            due = done % settings.checkpoint_every == 0 or stop.signum or done == self.stop_after
-            if due and done < settings.steps:
+                row = self._log(done, lr, {"loss": total, **terms, **counts})
+                progress.show(row)
+                self._observe(Snapshot(self.seed, self.history, images, labels, output.logits))
+            progress.advance()
+            signum = world.largest(stop.signum)
+            stopping = signum or done in (self.stop_after, settings.steps)
+            if stopping or done % settings.checkpoint_every == 0:
                 guard.check()
-                self._save(done, parts)
-            if stop.signum and done < settings.steps:
-                raise Stopped(stop.signum, done)
+                self._save(done, parts, progress.seconds)
+            if signum:
+                raise Stopped(signum, done)
             if done == self.stop_after:
                 return
 
@@ -295,61 +323,56 @@ class Trainer:
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+            convert_sync_batchnorm(model)  # after DDP, which refuses synchronised norms on CPUs
         return network
 
-    def _progress(self, start: int) -> tqdm:
-        quiet = not (self.world.is_main and sys.stderr.isatty())
-        name = f"{self.settings.run} seed {self.seed}"
-        return tqdm(total=self.settings.steps, initial=start, desc=name, disable=quiet, unit="step")
-
-    def _log(
-        self,
-        done: int,
-        lr: float,
-        values: dict[str, Tensor],
-        bar: tqdm,
-    ) -> None:
+    def _log(self, done: int, lr: float, values: dict[str, Tensor]) -> dict[str, float]:
         device = self.world.device
         means = all_mean(torch.stack([v.detach().to(device, torch.float64) for v in values.values()]))
         row = {"step": done, "lr": lr, **dict(zip(values, means.tolist(), strict=True))}
         self.history.append(row)
-        if self.on_log is not None and self.world.is_main:
-            self.on_log(row)
-        bar.set_postfix({key: f"{row[key]:.3g}" for key in ("loss", "ce", "lr")}, refresh=False)
-        terms = [key for key in values if not key.startswith(("anchors", "groups", "views"))]
-        if self.world.is_main and bar.disable:
-            shown = " ".join(f"{key} {row[key]:.4g}" for key in ("lr", *terms))
-            print(
-                f"{self.settings.run} seed {self.seed} step {done}/{self.settings.steps} {shown}", flush=True
-            )
+        return row
 
-    def _save(self, done: int, parts: dict[str, Any]) -> None:
+    def _observe(self, snapshot: Snapshot) -> None:
+        if self.world.is_main:
+            for observer in self.observers:
+                observer(snapshot)
+
+    def _save(self, done: int, parts: dict[str, Any], seconds: float) -> None:
+        self.sessions[-1]["seconds"] = seconds
         if not self.world.is_main:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
-        state["history"] = self.history
+        state |= {"history": self.history, "sessions": self.sessions}
         save_checkpoint(self.checkpoints, done, state, self._fingerprint())
 
     def _resume(self, parts: dict[str, Any]) -> int:
+        step = 0
         found = load_checkpoint(self.checkpoints, self._fingerprint(), self.world.device)
-        if found is None:
-            return 0
-        step, state = found
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        self.history[:] = state["history"]
-        if self.world.is_main:
-            print(f"{self.settings.run} seed {self.seed}: going on from step {step}", flush=True)
+        if found is not None:
+            step, state = found
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.history[:], self.sessions[:] = state["history"], state["sessions"]
+            if self.world.is_main:
+                print(f"{self.settings.run} seed {self.seed}: going on from step {step}", flush=True)
+        self.sessions.append({"start": step, "seconds": 0.0})
         return step
 
     def _fingerprint(self) -> dict[str, Any]:
         return {**self.settings.phase("train"), "seed": self.seed}
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Return the 2-norm over all gradients of a model, a scalar on its device."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
 class _FiniteGuard:
     """Finds the first non-finite term without waiting for the GPU at every step."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, folder: Path, seed: int):
+        self._folder, self._seed = folder, seed
         self._first_bad = torch.full((), -1, dtype=torch.long, device=device)
         self._recent: deque[tuple[int, list[str], dict[str, Tensor]]] = deque()
         self._eager = device.type == "cpu"
@@ -368,11 +391,115 @@ class _FiniteGuard:
         recent, self._recent = self._recent, deque()
         for seen, ids, terms in recent:
             if seen == step:
-                name = next(k for k in reversed(terms) if not math.isfinite(float(terms[k])))
-                raise MscsError(
-                    f"loss term {name!r} is {float(terms[name])} at step {step} (images {', '.join(ids)}); "
-                    "the last checkpoint is from before. Lower lr, or train in fp32"
-                )
+                self._fail(step, ids, {name: float(value) for name, value in terms.items()})
+
+    def _fail(self, step: int, ids: list[str], terms: dict[str, float]) -> None:
+        name = next(k for k in reversed(terms) if not math.isfinite(terms[k]))
+        newest = max(map(str, self._folder.glob("step-*.pt")), default=None)
+        report = self._folder / "failure.json"
+        facts = {"term": name, "step": step, "images": ids, "seed": self._seed, "last_checkpoint": newest}
+        write_json(report, {**facts, "terms": {k: str(v) for k, v in terms.items()}})
+        raise MscsError(
+            f"loss term {name!r} is {terms[name]} at step {step} (images {', '.join(ids)}); the same command "
+            f"comes here again from the last checkpoint, facts in {report}. Lower lr, or train in fp32"
+        )
+
+
+class _Progress:
+    """A bar on a terminal, quiet lines elsewhere, and nothing at all beside the main process."""
+
+    def __init__(self, settings: Settings, seed: int, world: World, start: int):
+        self._settings, self._device, self._begun = settings, world.device, time.perf_counter()
+        self._name, self._speaks = f"{settings.run} seed {seed}", world.is_main
+        self._last = (self._begun, start)
+        bar = self._speaks and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=settings.steps, initial=start, desc=self._name, disable=not bar, unit="step", leave=False
+        )
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this start of the run."""
+        return time.perf_counter() - self._begun
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def show(self, row: Mapping[str, float]) -> None:
+        """Show one log row, with speed and memory since the last one."""
+        if not self._speaks:
+            return
+        now, step = time.perf_counter(), int(row["step"])
+        steps_per_second = (step - self._last[1]) / max(now - self._last[0], 1e-9)
+        self._last = (now, step)
+        shown = {k: f"{v:.3g}" for k, v in row.items() if not k.startswith(HIDDEN)}
+        shown["images/s"] = f"{steps_per_second * self._settings.batch_size:.3g}"
+        shown["GiB"] = f"{peak_bytes(self._device) / 2**30:.3g}"
+        if not self._bar.disable:
+            self._bar.set_postfix(shown, refresh=False)
+            return
+        left = tqdm.format_interval((self._settings.steps - step) / steps_per_second)
+        text = " ".join(f"{key} {value}" for key, value in shown.items())
+        print(f"{self._name} step {step}/{self._settings.steps} {text} left {left}", flush=True)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: of its GPU, or of the machine where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@contextlib.contextmanager
+def _explained(settings: Settings, world: World) -> Iterator[None]:
+    """Turn failures of the machine into what to do about them."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MscsError(
+            f"the GPU's memory does not hold {settings.batch_size // world.size} images per process "
+            f"({str(error).splitlines()[0]}) What helps: {'; '.join(memory_advice(settings, world.size))}"
+        ) from error
+    except RuntimeError as error:
+        if world.size > 1 and is_lost_peer(error):
+            raise MscsError(
+                "another process of this training was lost; its own message says why. The same command goes "
+                "on from the last checkpoint"
+            ) from error
+        if "DataLoader worker" in str(error):
+            raise MscsError(
+                f"a process that reads images died ({str(error).splitlines()[0]}). Where memory "
+                "or /dev/shm is short, use fewer --workers; the same command goes on from the last checkpoint"
+            ) from error
+        raise
+
+
+def memory_advice(settings: Settings, processes: int) -> list[str]:
+    """Return what makes a training need less GPU memory, mildest first."""
+    advice = []
+    if processes < WORLD_SIZES[-1]:
+        part = settings.batch_size // (2 * processes)
+        advice.append(f"--processes {2 * processes} on as many GPUs: {part} images each, the same result")
+    if settings.precision == "fp32":
+        advice.append("--set precision=bf16: activations take half")
+    if settings.contrastive and settings.sampling == "all":
+        advice.append("--set sampling=balanced: no more than max_anchors rows per scale")
+    if settings.batch_size > 4:
+        batch = settings.batch_size - 4
+        advice.append(f"--set batch_size={batch}: {batch / settings.batch_size:.0%} of the images per step")
+    if settings.scale_range is not None:
+        height, width = (max(32, side * 3 // 4 // 32 * 32) for side in settings.crop_size)
+        share = height * width / math.prod(settings.crop_size)
+        advice.append(f"--set crop_size=[{height},{width}]: {share:.0%} of the pixels")
+    return advice
 
 
 @dataclass
@@ -381,12 +508,12 @@ class _StopFlag:
 
 
 @contextlib.contextmanager
-def _signals(is_main: bool) -> Iterator[_StopFlag]:
-    """Turn SIGTERM and SIGINT into a flag on the main process; its peers leave the stop to it."""
+def _signals() -> Iterator[_StopFlag]:
+    """Turn SIGTERM and SIGINT into a flag; the processes agree on it at the end of a step."""
     flag = _StopFlag()
 
     def remember(signum: int, _frame: object) -> None:
-        flag.signum = signum if is_main else 0
+        flag.signum = signum
 
     try:
         previous = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -421,6 +548,17 @@ class TrainFiles:
         return self.results / "losses.csv"
 
 
+def is_trained(settings: Settings, files: TrainFiles) -> bool:
+    """Return whether every seed's weights and the metrics are there, made under these very settings."""
+    if not (files.metrics.exists() and files.losses.exists()):
+        return False
+    try:
+        headers = [read_header(files.weights(seed)) for seed in settings.seeds]
+    except MscsError:
+        return False
+    return all(header.get("digest") == settings.digest() for header in headers)
+
+
 def train_run(
     settings: Settings,
     data_root: Path,
@@ -430,33 +568,56 @@ def train_run(
     *,
     workers: int = 0,
     fresh: bool = False,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Train every seed of a run, write weights, metrics and loss curves; return facts for the run record."""
     apply_machine_settings(settings)
     dataset = open_dataset(settings, "train", data_root)
+    root = checkpoint_root / f"{settings.run}-{settings.digest()}"
     metrics: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    started = time.time()
-    for seed in settings.seeds:
-        folder = checkpoint_root / f"{settings.run}-{settings.digest()}" / f"seed-{seed}"
-        with lock(folder) if world.is_main else contextlib.nullcontext():
-            if fresh and world.is_main:
-                for old in folder.glob("step-*"):
-                    old.unlink()
-            barrier()
-            trainer = Trainer(settings, seed, world, dataset, folder, workers)
+    sessions: dict[str, list[dict[str, float]]] = {}
+    with lock(root) if world.is_main else contextlib.nullcontext():
+        if fresh:
+            _remove_checkpoints(root, world)
+        for seed in settings.seeds:
+            trainer = Trainer(
+                settings, seed, world, dataset, root / f"seed-{seed}", workers, observers=observers
+            )
             weights = trainer.train()
             if world.is_main:
-                save_weights(files.weights(seed), weights, {"run": settings.run, "digest": settings.digest()})
-            for old in folder.glob("step-*") if world.is_main else ():
-                old.unlink()
-        rows += [{"seed": seed, **row} for row in trainer.history]
-        metrics[f"seed_{seed}"] = summary(trainer.history)
-    if world.is_main:
-        write_csv(files.losses, rows)
-        write_json(files.metrics, metrics)
-    memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None
-    return {"seconds": time.time() - started, "peak_gpu_bytes": memory, "settings": to_plain(settings)}
+                header = {"run": settings.run, "digest": settings.digest()}
+                save_weights(files.weights(seed), weights, header)
+            rows += [{"seed": seed, **row} for row in trainer.history]
+            metrics[f"seed_{seed}"] = summary(trainer.history)
+            sessions[f"seed_{seed}"] = trainer.sessions
+        if world.is_main:
+            write_csv(files.losses, rows)
+            write_json(files.metrics, metrics)
+        _remove_checkpoints(root, world)  # only now: a run killed in its second seed keeps its first
+    return _facts(settings, world, sessions)
+
+
+def _remove_checkpoints(root: Path, world: World) -> None:
+    for old in root.glob("seed-*/step-*") if world.is_main else ():
+        old.unlink()
+    barrier()
+
+
+def _facts(settings: Settings, world: World, sessions: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    seconds = sum(session["seconds"] for seed in sessions.values() for session in seed)
+    on_gpu = world.device.type == "cuda"
+    return {
+        "settings": to_plain(settings),
+        "digest": settings.digest(),
+        "precision": settings.precision,
+        "seeds": settings.seeds,
+        "world_size": world.size,
+        "seconds": seconds,
+        "gpu_hours": seconds * world.size / 3600 if on_gpu else None,
+        "peak_bytes": peak_bytes(world.device),
+        "sessions": sessions,
+    }
 
 
 def summary(history: list[dict[str, float]]) -> dict[str, float]:
