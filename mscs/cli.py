@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -63,6 +64,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--processes", type=int, help="training processes: 1, 2 or 4 (default: one per GPU)")
     train.add_argument("--fresh", action="store_true", help="start from step 0 even if there is a checkpoint")
+    train.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        choices=("dvclive", "tensorboard"),
+        help="log there too (repeatable)",
+    )
+    train.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw predictions every N log rows (default: never)",
+    )
 
     evaluate = _command(commands, "evaluate", "score a trained run on its validation images", _evaluate)
     _add_run_arguments(evaluate)
@@ -174,6 +189,7 @@ def _train(args: argparse.Namespace) -> int:
         processes = args.processes
     else:
         processes = _gpu_count(args.device)
+    _require_pretrained(settings, args.set)
     root = args.data_root or data_root(settings)
     _require_data(settings, root, args)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -181,9 +197,10 @@ def _train(args: argparse.Namespace) -> int:
 
     from mscs.distributed import join_world
     from mscs.engine import TrainFiles, train_run
-    from mscs.provenance import record
+    from mscs.provenance import now, record
     from mscs.results import write_json
 
+    started = now()
     folder = run_folder(settings, args)
     files = TrainFiles(
         WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder
@@ -198,10 +215,15 @@ def _train(args: argparse.Namespace) -> int:
             world,
             workers=workers,
             fresh=args.fresh,
+            observers=_observers(args, settings, files.work) if world.is_main else (),
         )
-        if world.is_main:
+        if facts is None:
+            if world.is_main:
+                print(f"{settings.run} is trained under these settings; --fresh trains it again")
+        elif world.is_main:
             manifest = RESULTS / settings.profile / "data" / f"{settings.dataset}.json"
-            facts |= {"world_size": world.size, "data": _manifest_digest(manifest)}
+            facts |= {"data": _manifest_digest(manifest), "started": started}
+            facts |= {"pretrained_weights": _pretrained_digest(settings)}
             write_json(files.results / "run.json", record(**facts))
             print(f"weights: {files.work / 'weights'}  metrics: {files.metrics}")
     return 0
@@ -243,6 +265,44 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _observers(args: argparse.Namespace, settings: Settings, work: Path) -> list[Any]:
+    """Return what watches a training beside its own log."""
+    if not args.log and not args.samples:
+        return []
+    from mscs.datasets import label_set
+    from mscs.trackers import build_tracker, sample_pictures
+
+    observers = [build_tracker(name, work / "logs") for name in args.log]
+    if args.samples:
+        colors = label_set(settings.dataset, settings.task).colors
+        observers.append(sample_pictures(work / "samples", colors, args.samples))
+    return observers
+
+
+def _pretrained_digest(settings: Settings) -> dict[str, str] | None:
+    """Return name and SHA-256 of the file that the backbone started from."""
+    if not settings.pretrained:
+        return None
+    from mscs.checkpoint import file_digest
+    from mscs.models import fetch_pretrained
+
+    path = fetch_pretrained(settings.backbone)
+    return {path.name: file_digest(path)}
+
+
+def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
+    """Refuse to train the paper's networks from random weights, unless asked for by name."""
+    if (
+        settings.profile == "paper"
+        and not settings.pretrained
+        and not any(pair.partition("=")[0].strip() == "pretrained" for pair in overrides)
+    ):
+        raise UsageError(
+            f"{settings.run} would start from random weights in profile paper: its results would mean nothing "
+            "beside the paper's. Set pretrained: true, or ask for it by name with --set pretrained=false"
+        )
+
+
 def _gpu_count(device: str) -> int:
     """Return how many processes a training on this machine gets: one per GPU, at most four."""
     if device == "cpu" or not Path("/dev/nvidia0").exists():
@@ -255,8 +315,20 @@ def _gpu_count(device: str) -> int:
 
 def _launch(processes: int, argv: list[str]) -> int:
     """Run the same command under torchrun with this many processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, "-m", "mscs", *argv], check=False).returncode
+    # by address, because a container without network cannot resolve its own name
+    one_machine = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *one_machine]
+    launcher = subprocess.Popen([*command, "-m", "mscs", *argv])
+    received: list[int] = []
+
+    def pass_on(signum: int, _frame: object) -> None:
+        received.append(signum)
+        launcher.send_signal(signal.SIGTERM)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, pass_on)
+    code = launcher.wait()
+    return 128 + received[0] if received else code
 
 
 def _require_data(settings: Settings, root: Path, args: argparse.Namespace) -> None:
