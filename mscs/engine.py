@@ -569,8 +569,13 @@ def train_run(
     workers: int = 0,
     fresh: bool = False,
     observers: Sequence[Observer] = (),
-) -> dict[str, Any]:
-    """Train every seed of a run, write weights, metrics and loss curves; return facts for the run record."""
+) -> dict[str, Any] | None:
+    """Train every seed of a run, write weights, metrics and loss curves; return facts for the run record.
+
+    A run that is trained already is left alone unless `fresh`: None is returned.
+    """
+    if is_trained(settings, files) and not fresh:
+        return None
     apply_machine_settings(settings)
     dataset = open_dataset(settings, "train", data_root)
     root = checkpoint_root / f"{settings.run}-{settings.digest()}"

@@ -57,6 +57,7 @@ def machine() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["cuda"] = torch.version.cuda
+        facts["driver"] = _first_line(Path("/proc/driver/nvidia/version"))
     return facts
 
 
@@ -69,8 +70,13 @@ def record(**facts: Any) -> dict[str, Any]:
         "environment": environment_digest(),
         "machine": machine(),
         "image": os.environ.get("MSCS_IMAGE"),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished": now(),
     }
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _processor() -> str:
@@ -83,3 +89,10 @@ def _processor() -> str:
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None

@@ -10,7 +10,7 @@ LAYERS = [
     {"datasets", "transforms", "models", "losses", "optim"},
     {"params", "loader", "checkpoint", "inference", "predictions"},
     {"engine", "doctor"},
-    {"evaluation"},
+    {"evaluation", "trackers"},
     {"cli"},
     {"__main__"},
 ]
