@@ -298,8 +298,8 @@ def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
         and not any(pair.partition("=")[0].strip() == "pretrained" for pair in overrides)
     ):
         raise UsageError(
-            f"{settings.run} would start from random weights in profile paper, with results that mean nothing "
-            "beside the paper's. Set pretrained: true, or ask for it by name with --set pretrained=false"
+            f"{settings.run} would start from random weights in profile paper, with results that mean "
+            "nothing beside the paper's. Set pretrained: true, or ask for it by name with --set pretrained=false"
         )
 
 
