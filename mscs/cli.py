@@ -299,7 +299,7 @@ def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
     ):
         raise UsageError(
             f"{settings.run} would start from random weights in profile paper, with results that mean "
-            "nothing beside the paper's. Set pretrained: true, or ask for it by name with --set pretrained=false"
+            "nothing beside the paper's. Set pretrained: true, or ask for it by name: --set pretrained=false"
         )
 
 
