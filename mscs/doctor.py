@@ -199,6 +199,8 @@ def check_docker(profile: str) -> Iterator[Finding]:
 
 def check_compose(_profile: str) -> Iterator[Finding]:
     """The version of Docker Compose, v2 or the older separate program."""
+    if os.environ.get("MSCS_IN_CONTAINER"):
+        return
     for command in (["docker", "compose"], ["docker-compose"]):
         text = _output([*command, "version", "--short"])
         if text:

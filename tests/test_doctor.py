@@ -16,6 +16,7 @@ def states(findings):
 
 
 def test_every_warning_and_problem_has_a_remedy_and_the_exit_code_follows(capsys, monkeypatch):
+    monkeypatch.delenv("MSCS_IN_CONTAINER", raising=False)
     monkeypatch.setenv("CITYSCAPES_PASSWORD", "hidden-password")
     for profile in ("mini", "paper"):
         code = main(["doctor", "--profile", profile, "--json"])
@@ -134,6 +135,7 @@ def test_no_engine_is_a_problem_only_where_one_is_needed(monkeypatch, tmp_path):
     ],
 )
 def test_compose_versions(monkeypatch, versions, state):
+    monkeypatch.delenv("MSCS_IN_CONTAINER", raising=False)
     monkeypatch.setattr(doctor, "_output", lambda command: versions.get(command[0], ""))
     (found,) = doctor.check_compose("mini")
     assert found.state == state
