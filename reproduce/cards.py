@@ -126,7 +126,7 @@ def _provenance(record: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
         return [["run.json", "not here: the run was restored from a cache or trained elsewhere"]]
     machine, git = record["machine"], record["git"]
     hardware = machine.get("gpus") or [machine["cpu"]]
-    memory = record.get("peak_gpu_bytes")
+    hours = record.get("gpu_hours")
     return [
         ["commit", f"{git['commit']}{' with changes' if git['dirty'] else ''}"],
         ["data digest", _text(record.get("data"))],
@@ -135,7 +135,8 @@ def _provenance(record: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
         ["hardware", ", ".join(hardware)],
         ["processes", str(record["world_size"])],
         ["training time (s)", f"{record['seconds']:.0f} for {len(settings['seeds'])} seed(s)"],
-        ["peak GPU memory (GiB)", "-" if memory is None else f"{memory / 2**30:.1f}"],
+        ["GPU-hours", "-" if hours is None else f"{hours:.1f}"],
+        ["peak memory of a process (GiB)", f"{record['peak_bytes'] / 2**30:.1f}"],
         ["finished", record["finished"]],
     ]
 

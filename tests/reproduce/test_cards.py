@@ -65,7 +65,8 @@ def test_weakest_classes_come_first_and_absent_ones_not_at_all(results, params):
 def test_what_a_run_was_trained_with_wins_over_params(results, params):
     record = {
         "seconds": 12.0,
-        "peak_gpu_bytes": 3 * 2**30,
+        "peak_bytes": 3 * 2**30,
+        "gpu_hours": 0.25,
         "settings": {"lr": 0.123, "seeds": [0], "recipe": "code"},
         "world_size": 4,
         "data": None,
@@ -81,7 +82,8 @@ def test_what_a_run_was_trained_with_wins_over_params(results, params):
     assert "| weight-decay-cityscapes | 0.0005 |" in text  # what recipe code takes
     for line in ("| commit | abc with changes |", "| hardware | some card |", "| processes | 4 |"):
         assert line in text
-    assert "| peak GPU memory (GiB) | 3.0 |" in text
+    assert "| peak memory of a process (GiB) | 3.0 |" in text
+    assert "| GPU-hours | 0.2 |" in text
 
 
 def test_data_card_tells_generated_from_published(results, params):
