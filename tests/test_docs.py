@@ -40,7 +40,12 @@ SUFFIXES = (
     *(".py", ".yaml", ".yml", ".md", ".json", ".lock", ".toml", ".csv", ".html", ".tex", ".sh", ".cff"),
     *(".safetensors", ".pt", ".pdf", ".png", ".sbatch"),
 )
-GENERATED = ("results", "work", "data")  # what the project writes; not in git, or only once it has run
+GENERATED = (
+    "results",
+    "work",
+    "data",
+    "benchmarks/results",
+)  # what the project writes; not in git, or only once it has run
 PLACEHOLDERS = {
     "RUN": "cityscapes-hrnet-hr48-ours",
     "DATASET": "ade20k",
@@ -195,7 +200,7 @@ def is_path(span):
 def path_exists(page, span):
     """Return whether a path is in the project, or is one that the project's code names and writes."""
     pattern = re.sub(r"<[^>]*>", "*", span.rstrip("/"))
-    if span.split("/")[0] not in GENERATED:
+    if not any(f"{span}/".startswith(f"{folder}/") for folder in GENERATED):
         found = [*ROOT.glob(pattern), *(ROOT / page).parent.glob(pattern)]
         if found or ("/" not in span and any(name.endswith(f"/{span}") for name in tracked())):
             return True
