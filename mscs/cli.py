@@ -305,7 +305,7 @@ def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
 
 def _gpu_count(device: str) -> int:
     """Return how many processes a training on this machine gets: one per GPU, at most four."""
-    if device == "cpu" or not Path("/dev/nvidia0").exists():
+    if device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
         return 1
     import torch
 

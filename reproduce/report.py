@@ -286,7 +286,7 @@ def _pair_name(baseline: str) -> str:
 def _cost(run: str, record: Mapping[str, Any], results: Results) -> list[str]:
     settings = record["settings"]
     score = results.score(run, "ss").number
-    memory = record.get("peak_gpu_bytes")
+    memory = record.get("peak_bytes")
     return [
         run,
         _number(score if isinstance(score, float) else None),

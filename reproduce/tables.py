@@ -92,14 +92,18 @@ class Results:
         if ours.number is None:
             return "not measured" if cell.read == "memory" else "not run"
         if ours.number == "OOM":
-            return "out of memory"
+            return "out of memory" if cell.paper == "OOM" else "off"
         if cell.read == "parameters":
             close = difference is not None and abs(difference) < PARAMETER_TOLERANCE
             return "reproduced" if close else "off"
         if self.profile == "mini":
             return "ran (mini)"
+        if cell.read == "memory":
+            return "measured"
         if difference is None:
             return "no published value"
+        if cell.over is not None:
+            return "same sign" if ours.number * cell.paper > 0 else "opposite sign"
         return "reproduced" if abs(difference) <= TOLERANCES[cell.run.split("-")[0]] else "off"
 
     def claim(self, claim: Claim) -> tuple[float | None, str]:

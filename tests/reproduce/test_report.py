@@ -59,7 +59,7 @@ def write_run(
     write_csv(folder / "runs" / run / "losses.csv", rows)
     record = {
         "seconds": 61.4,
-        "peak_gpu_bytes": 2**31,
+        "peak_bytes": 2**31,
         "settings": {"seeds": [0], "steps": 30, "batch_size": 8},
         "git": {"commit": "abc123", "dirty": True},
         "packages": {"torch": "2.14.1"},
