@@ -1,22 +1,41 @@
 import contextlib
+import csv
 import io
+import json
 import math
-import os
-import re
+import resource
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from mscs.distributed import World
-from mscs.engine import Objective, Trainer, apply_machine_settings, build_objective, open_dataset, summary
+from mscs.engine import (
+    Objective,
+    Stopped,
+    Trainer,
+    TrainFiles,
+    apply_machine_settings,
+    build_objective,
+    gradient_norm,
+    memory_advice,
+    open_dataset,
+    summary,
+    train_run,
+)
 from mscs.errors import MscsError
 from mscs.models import ModelOutput
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
-SMALL = {"steps": 6, "log_every": 1, "checkpoint_every": 2, "threads": 1, "crop_size": [64, 96], "image_size": [64, 96]}
+SMALL = {
+    "steps": 6,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "threads": 1,
+    "crop_size": [64, 96],
+    "image_size": [64, 96],
+}
 
 
 def trainer(params, root, folder, run=RUN, seed=0, **overrides):
@@ -66,6 +85,104 @@ def test_a_non_finite_term_stops_the_run_and_is_named(params, generated, tmp_pat
         train(trainer(params, generated("cityscapes"), tmp_path, lr=1e12))
 
 
+def test_a_non_finite_term_leaves_what_is_needed_to_look_into_it(params, generated, tmp_path):
+    with pytest.raises(MscsError, match="from the last checkpoint"):
+        train(trainer(params, generated("cityscapes"), tmp_path, lr=1e12, checkpoint_every=1))
+    facts = json.loads((tmp_path / "failure.json").read_text())
+    assert not math.isfinite(float(facts["terms"][facts["term"]]))
+    assert Path(facts["last_checkpoint"]).name == f"step-{facts['step']:08d}.pt"
+    assert len(facts["images"]) == 4
+    assert facts["seed"] == 0
+
+
+def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Objective, "__call__", exhausted)
+    with pytest.raises(MscsError, match="hold 8 images per process") as caught:
+        train(trainer(params, generated("cityscapes"), tmp_path, batch_size=8))
+    for advice in ("--processes 2", "precision=bf16", "batch_size=4: 50%", "crop_size=[32,64]: 33%"):
+        assert advice in str(caught.value)
+
+
+def test_milder_memory_advice_ends_where_it_is_taken(params):
+    settings = params.resolve(RUN, "mini", {"precision": "bf16", "batch_size": 4, "sampling": "all"}).settings
+    names = [line.split(":")[0] for line in memory_advice(settings, 4)]
+    assert names == ["--set sampling=balanced", "--set crop_size=[64,128]"]
+
+
+def test_the_gradient_norm_is_that_of_all_gradients():
+    model = torch.nn.Linear(2, 1)
+    model(torch.tensor([[3.0, 4.0]])).sum().backward()
+    assert gradient_norm(model).item() == pytest.approx(math.sqrt(9 + 16 + 1))
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(params, generated, tmp_path):
+    run = trainer(params, generated("cityscapes"), tmp_path, checkpoint_every=1)
+    run.stop_after = 1
+    train(run)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(MscsError, match=r"cannot write .*step-00000002\.pt"):
+            train(trainer(params, generated("cityscapes"), tmp_path, checkpoint_every=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["step-00000001.pt"]
+    whole = train(trainer(params, generated("cityscapes"), tmp_path / "whole", checkpoint_every=1))
+    assert same(train(trainer(params, generated("cityscapes"), tmp_path, checkpoint_every=1)), whole)
+
+
+def run_files(tmp_path):
+    return TrainFiles(tmp_path / "work", tmp_path / "results")
+
+
+def test_a_trained_run_is_left_alone_unless_its_settings_change(params, generated, tmp_path):
+    files, root, world = run_files(tmp_path), generated("cityscapes"), World(0, 1, torch.device("cpu"))
+
+    def run(fresh=False, **overrides):
+        settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, **overrides}).settings
+        with contextlib.redirect_stdout(io.StringIO()):
+            return train_run(settings, root, files, tmp_path / "checkpoints", world, fresh=fresh)
+
+    facts = run()
+    assert facts["sessions"]["seed_0"][0]["start"] == 0
+    assert facts["peak_bytes"] > 1e8
+    assert run() is None
+    assert run(fresh=True) is not None
+    assert run(lr=0.02)["digest"] != facts["digest"]
+    files.losses.unlink()
+    assert run(lr=0.02) is not None
+    assert not list((tmp_path / "checkpoints").rglob("*.pt"))
+
+
+def test_a_run_stopped_in_its_second_seed_keeps_its_first(params, generated, tmp_path, monkeypatch):
+    settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, "seeds": [0, 1]}).settings
+    files, root, world = run_files(tmp_path), generated("cityscapes"), World(0, 1, torch.device("cpu"))
+    steps = []
+
+    def run(stop_at):
+        def observe(snapshot):
+            steps.append((snapshot.seed, snapshot.history[-1]["step"]))
+            if steps[-1] == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            return train_run(settings, root, files, tmp_path / "checkpoints", world, observers=[observe])
+
+    with pytest.raises(Stopped) as caught:
+        run(stop_at=(1, 1))
+    assert caught.value.exit_code == 143
+    facts = run(stop_at=None)
+    assert steps == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [session["start"] for session in facts["sessions"]["seed_1"]] == [0, 1]
+    rows = list(csv.DictReader(files.losses.open()))
+    assert [(row["seed"], row["step"]) for row in rows] == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
+
+
 def test_the_objective_is_eq_5(params, generated):
     settings = params.resolve(RUN, "mini", SMALL).settings
     dataset = open_dataset(settings, "train", generated("cityscapes"))
@@ -82,7 +199,8 @@ def test_the_objective_is_eq_5(params, generated):
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
     weighted = torch.nn.functional.cross_entropy
     per_image = [
-        weighted(output.logits[i : i + 1], labels[i : i + 1], weight=torch.tensor(dataset.class_weights)) for i in range(4)
+        weighted(output.logits[i : i + 1], labels[i : i + 1], weight=torch.tensor(dataset.class_weights))
+        for i in range(4)
     ]
     assert terms["ce"].item() == pytest.approx(sum(per_image).item() / 4, rel=1e-5)
     assert counts["groups_0"] == 3
@@ -120,124 +238,14 @@ def test_every_row_of_every_table_takes_a_step(params, generated, tmp_path, run)
     overrides = {**SMALL, "steps": 2, "batch_size": 4, "short_side": None}
     settings = params.resolve(run, "mini", overrides).settings
     apply_machine_settings(settings)
-    job = Trainer(settings, 0, World(0, 1, torch.device("cpu")), open_dataset(settings, "train", root), tmp_path)
+    job = Trainer(
+        settings, 0, World(0, 1, torch.device("cpu")), open_dataset(settings, "train", root), tmp_path
+    )
     train(job)
     row = job.history[-1]
     terms = [key for key in row if "scale_" in key]
-    assert len(terms) == (len(settings.scale_weights) + len(settings.cross_pairs) if settings.contrastive else 0)
+    assert len(terms) == (
+        len(settings.scale_weights) + len(settings.cross_pairs) if settings.contrastive else 0
+    )
     assert ("aux" in row) == (settings.aux_weight > 0)
     assert math.isfinite(row["loss"])
-
-
-SCRIPT = """
-import contextlib, io, sys, torch
-from pathlib import Path
-from mscs.distributed import join_world
-from mscs.engine import Trainer, open_dataset, apply_machine_settings
-from mscs.params import load_params
-run, root, folder = sys.argv[1:4]
-torch.set_default_dtype(torch.float64)
-options = {"head_channels": 16, "projector_channels": 16} if "hrnet" in run else {
-    "channels": 16, "aux_channels": 8, "dropout": 0.0, "drop_path_rate": 0.0, "projector_channels": 16}
-settings = load_params().resolve(run, "mini", {
-    "steps": 12, "log_every": 1, "batch_size": 8, "threads": 1, "crop_size": [64, 64], "image_size": [64, 96],
-    "lr": 0.001, "model_options": {**load_params().resolve(run, "mini").settings.model_options, **options}}).settings
-apply_machine_settings(settings)
-with join_world("cpu") as world:
-    job = Trainer(settings, 0, world, open_dataset(settings, "train", Path(root)), Path(folder) / "checkpoints")
-    with contextlib.redirect_stdout(io.StringIO()):
-        weights = job.train()
-    if world.is_main:
-        torch.save({"weights": weights, "history": job.history}, Path(folder) / f"{world.size}.pt")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", [RUN, "cityscapes-upernet-swint-ours"])
-def test_one_two_and_four_processes_train_the_same_model(generated, tmp_path, run):
-    root = generated("cityscapes")
-    for size in (1, 2, 4):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-        script = tmp_path / "script.py"
-        script.write_text(SCRIPT)
-        done = subprocess.run(
-            [*command, str(script), run, str(root), str(tmp_path)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, *others = (torch.load(tmp_path / f"{size}.pt") for size in (1, 2, 4))
-    for other in others:
-        for row, expected in zip(other["history"], one["history"], strict=True):
-            assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-        for name, tensor in one["weights"].items():
-            assert torch.allclose(other["weights"][name].double(), tensor.double(), rtol=1e-5, atol=1e-7), name
-
-
-def command_line(root, *extra):
-    settings = [f"--set={k}={v}" for k, v in {**SMALL, "steps": 30, "checkpoint_every": 3}.items()]
-    return [sys.executable, "-m", "mscs", "train", RUN, "--data-root", str(root), *settings, *extra]
-
-
-@pytest.mark.slow
-def test_killed_ten_times_the_weights_are_those_of_an_uninterrupted_run(generated, tmp_path, monkeypatch):
-    root = generated("cityscapes")
-    (tmp_path / "params.yaml").write_bytes(open("params.yaml", "rb").read())
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-
-    def weights(folder):
-        (found,) = folder.rglob("seed-0.safetensors")
-        return found.read_bytes()
-
-    def start(folder):
-        folder.mkdir(exist_ok=True)
-        (folder / "params.yaml").write_bytes(open("params.yaml", "rb").read())
-        return subprocess.Popen(
-            command_line(root), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    assert start(tmp_path / "whole").wait() == 0
-    killed, kills = tmp_path / "killed", 0
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
-        process = start(killed)
-        wanted = int(torch.randint(1, 7, (), generator=generator))
-        for line in process.stdout:
-            wanted -= bool(re.search(r"step \d+/30", line))
-            if wanted == 0:
-                process.kill()
-                kills += 1
-                break
-        if process.wait() == 0:
-            break
-    assert kills >= 10 or weights(killed) == weights(tmp_path / "whole")
-    assert weights(killed) == weights(tmp_path / "whole")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_next_start_goes_on(generated, tmp_path, signum, code):
-    root = generated("cityscapes")
-    (tmp_path / "params.yaml").write_bytes(open("params.yaml", "rb").read())
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen(
-        command_line(root), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if "step 4/30" in line:
-            process.send_signal(signum)
-            break
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code, error
-    assert "goes on from there" in error
-    done = subprocess.run(command_line(root), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert re.search(r"going on from step [45]", done.stdout)
-
-
-@pytest.mark.slow
-def test_three_processes_are_refused(generated, tmp_path):
-    environment = {**os.environ, "WORLD_SIZE": "3", "RANK": "0"}
-    done = subprocess.run(
-        command_line(generated("cityscapes")), env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "use 1, 2 or 4" in done.stderr

@@ -1,0 +1,318 @@
+"""A training step of every row of the supplement's Tables 4 to 7, taken apart.
+
+Each row is measured at its crop and its images per GPU (the batch over four GPUs) with the network, loss,
+optimiser and loader of `mscs train`, in plain fp32 and with each of our options on top: time of a whole step,
+images per second, peak memory, and the parts: data (one process reading, per batch), forward, cross-entropy,
+contrastive loss (forward), backward, optimiser. The parts wait for the device after each of them, so they add
+up to more than the step. The contrastive loss's share is what a step takes longer with it than without it.
+Every measurement runs in a process of its own, so that peaks do not mix and an exhausted memory ends one only.
+
+    python benchmarks/step.py                            # all rows, all options
+    python benchmarks/step.py --quick                    # an eighth of the crop's sides, two repeats
+    python benchmarks/step.py --profile mini --variants settings
+    python benchmarks/step.py --rows cadis --variants "fp32 plain" "bf16 channels-last"
+
+Writes step-DEVICE.json and .md to benchmarks/results; `python -m reproduce plan` reads the former.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = {"precision": "fp32", "tf32": False, "channels_last": False, "compile": False}
+VARIANTS = {
+    "fp32 plain": PLAIN,
+    "fp32 channels-last": PLAIN | {"channels_last": True},
+    "tf32 channels-last": PLAIN | {"channels_last": True, "tf32": True},
+    "bf16 plain": PLAIN | {"precision": "bf16"},
+    "bf16 channels-last": PLAIN | {"precision": "bf16", "channels_last": True},
+    "bf16 channels-last compile": PLAIN | {"precision": "bf16", "channels_last": True, "compile": True},
+}
+PARTS = ("data", "forward", "cross_entropy", "contrastive", "backward", "optimiser")
+WARM_UP = 2
+
+
+def jobs(arguments):
+    """Yield one job per row and variant; a row is measured on its run with the full loss."""
+    from mscs.params import load_params
+
+    params = load_params(ROOT / "params.yaml")
+    seen = set()
+    for run in params.runs:
+        settings = params.resolve(run, arguments.profile).settings
+        if settings.loss != "ours" or settings.schedule in seen or arguments.rows not in settings.schedule:
+            continue
+        seen.add(settings.schedule)
+        own = {key: getattr(settings, key) for key in PLAIN}
+        for name in arguments.variants:
+            options = own if name == "settings" else VARIANTS[name]
+            yield {
+                "row": settings.schedule,
+                "run": run,
+                "profile": arguments.profile or params.profile,
+                "variant": name,
+                "options": options,
+                "batch": settings.images_per_group,
+                "quick": arguments.quick,
+            }
+
+
+def settings_of(job):
+    """Return the settings of a job: one group of images, no pretrained weights, drawn data."""
+    from dataclasses import replace
+
+    from mscs.params import load_params
+
+    settings = load_params(ROOT / "params.yaml").resolve(job["run"], job["profile"]).settings
+    settings = replace(settings, **job["options"], pretrained=False, deterministic=False)
+    settings = replace(settings, batch_size=settings.images_per_group, skip_wrong_labels=False)
+    if job["quick"]:
+        height, width = (max(64, side // 8 // 32 * 32) for side in settings.crop_size)
+        settings = replace(settings, crop_size=(height, width), scale_range=(0.5, 1.0))
+    return settings
+
+
+IMAGE_SIZES = {
+    "cityscapes": (1024, 2048),
+    "ade20k": (512, 683),
+    "pascal_context": (375, 500),
+    "cadis": (540, 960),
+}
+"""Height and width of the datasets' images; where they vary, of a usual one."""
+
+
+def drawn_dataset(settings, job, folder):
+    """Draw a few images of the dataset's usual size: reading and augmenting cost what they do in training."""
+    from mscs.datasets import build_dataset
+    from mscs.datasets.synth import write_dataset
+
+    size = settings.image_size or IMAGE_SIZES[settings.dataset]
+    if job["quick"]:
+        size = tuple(max(96, side // 4) for side in size)
+    count = max(4, settings.batch_size)
+    write_dataset(settings.dataset, folder, train=count, val=1, image_size=size, progress=False)
+    return build_dataset(settings.dataset, "train", folder, settings.task)
+
+
+def measure(job, repeats):
+    """Return the measurements of one job."""
+    import torch
+
+    from mscs.engine import apply_machine_settings, build_transform, peak_bytes
+    from mscs.loader import train_loader
+
+    settings = settings_of(job)
+    apply_machine_settings(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = drawn_dataset(settings, job, Path(folder))
+        loader = train_loader(
+            dataset,
+            build_transform(settings),
+            batch_size=settings.batch_size,
+            seed=0,
+            num_steps=WARM_UP + repeats,
+        )
+        data = []
+        for _ in range(WARM_UP + repeats):
+            begun = time.perf_counter()
+            batch = next(loader)
+            data.append(time.perf_counter() - begun)
+    step = Step(settings, dataset, batch, device)
+    whole = step.time(repeats)
+    without = step.time(repeats, contrastive=False)
+    peak = peak_bytes(device)
+    parts = {"data": statistics.median(data[WARM_UP:]), **step.parts(repeats)}
+    return {
+        "crop": list(batch.images.shape[-2:]),
+        "step_ms": 1000 * whole,
+        "images_per_s": settings.batch_size / whole,
+        "contrastive_share": 1 - without / whole,
+        "peak_bytes": peak,
+        "parts_ms": {name: 1000 * parts[name] for name in PARTS},
+    }
+
+
+class Step:
+    """The step of `mscs.engine.Trainer` on one batch that stays on the device."""
+
+    def __init__(self, settings, dataset, batch, device):
+        import torch
+
+        from mscs.engine import build_network, build_objective
+        from mscs.optim import build_optimizer
+
+        self.settings, self.device = settings, device
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        model = build_network(settings, dataset.num_classes, seed=0).to(device, memory_format=layout)
+        self.images = batch.images.to(device).contiguous(memory_format=layout)
+        self.labels = batch.labels.to(device)
+        self.optimizer = build_optimizer(
+            model.named_parameters(),
+            settings.optimizer,
+            lr=0.0,
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self.network = torch.compile(model.train()) if settings.compile else model.train()
+        self.objective = build_objective(settings, dataset, device)
+        self.contrastive = self.objective.contrastive
+        dtype = torch.bfloat16 if settings.precision == "bf16" else None
+        self.autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def loss(self, output):
+        from mscs.seeding import torch_generator
+
+        return self.objective(output, self.labels, [torch_generator(0, "anchors")])[0]
+
+    def wait(self):
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def time(self, repeats, contrastive=True):
+        """Return the median seconds of a step that is never waited for inside."""
+        self.objective.contrastive = self.contrastive if contrastive else None
+        seconds = []
+        for _ in range(WARM_UP + repeats):
+            begun = self.wait()
+            with self.autocast():
+                total = self.loss(self.network(self.images))
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            self.optimizer.step()
+            seconds.append(self.wait() - begun)
+        self.objective.contrastive = self.contrastive
+        return statistics.median(seconds[WARM_UP:])
+
+    def parts(self, repeats):
+        """Return the median seconds of each part, waiting for the device after each."""
+        seconds = []
+        for _ in range(WARM_UP + repeats):
+            marks = [self.wait()]
+            with self.autocast():
+                output = self.network(self.images)
+                marks.append(self.wait())
+                self.objective.contrastive = None
+                self.loss(output)
+                marks.append(self.wait())
+                self.objective.contrastive = self.contrastive
+                total = self.loss(output)
+            marks.append(self.wait())
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            marks.append(self.wait())
+            self.optimizer.step()
+            marks.append(self.wait())
+            forward, entropy, both, backward, optimiser = (
+                b - a for a, b in zip(marks[:-1], marks[1:], strict=True)
+            )
+            seconds.append((forward, entropy, max(0.0, both - entropy), backward, optimiser))
+        medians = map(statistics.median, zip(*seconds[WARM_UP:], strict=True))
+        return dict(zip(PARTS[1:], medians, strict=True))
+
+
+def run_job(job, repeats):
+    """Measure `job` in a new process; a failure becomes the row's note."""
+    command = [sys.executable, __file__, "--job", json.dumps(job), "--repeats", str(repeats)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return job | json.loads(result.stdout.splitlines()[-1])
+    if result.returncode == -9 or "OutOfMemoryError" in result.stderr:
+        return job | {"failed": "out of memory"}
+    last = result.stderr.strip().splitlines()[-1] if result.stderr.strip() else f"exit {result.returncode}"
+    return job | {"failed": last[:200]}
+
+
+def table(results):
+    lines = [
+        "| Row | Options | Images x crop | Step (ms) | Images/s | Peak (GiB) | Contrastive share | "
+        + " | ".join(name.replace("_", "-") for name in PARTS)
+        + " |",
+        "|---" * (7 + len(PARTS)) + "|",
+    ]
+    for r in results:
+        if "failed" in r:
+            lines.append(f"| {r['row']} | {r['variant']} | {r['batch']} | {r['failed']}" + " |" * 10)
+            continue
+        parts = " | ".join(f"{r['parts_ms'][name]:.1f}" for name in PARTS)
+        size = f"{r['batch']} x {r['crop'][0]}x{r['crop'][1]}"
+        lines.append(
+            f"| {r['row']} | {r['variant']} | {size} | {r['step_ms']:.1f} | {r['images_per_s']:.1f} "
+            f"| {r['peak_bytes'] / 2**30:.2f} | {r['contrastive_share']:.1%} | {parts} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def device_name():
+    """Return the GPU's name, or the processor's."""
+    import torch
+
+    from mscs.provenance import machine
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{machine()['cpu'] or platform.machine()}, {os.cpu_count()} cores"
+
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", default="paper", help="mini or paper (default: paper)")
+    parser.add_argument("--quick", action="store_true", help="an eighth of each side, two repeats")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS),
+        choices=[*VARIANTS, "settings"],
+        metavar="NAME",
+        help=f"of {', '.join(VARIANTS)}; or settings, as the profile has them",
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="median of so many, after two")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse()
+    if arguments.job:
+        print(json.dumps(measure(json.loads(arguments.job), arguments.repeats)))
+        return
+    import torch
+
+    from mscs.results import write_json, write_text
+
+    if arguments.quick:
+        arguments.repeats = 2
+    device = device_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    name = f"step-{slug}-{arguments.profile}" + ("-quick" if arguments.quick else "")
+    facts = {"device": device, "torch": torch.__version__, "profile": arguments.profile}
+    results = []
+    for job in jobs(arguments):
+        results.append(run_job(job, arguments.repeats))
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+        document = facts | {"quick": arguments.quick, "results": results}
+        write_json(arguments.output / f"{name}.json", document)
+        text = f"Measured by benchmarks/step.py on {device}, torch {torch.__version__}, profile "
+        text += f"{arguments.profile}{', quick' if arguments.quick else ''}. Parts in ms.\n\n{table(results)}"
+        write_text(arguments.output / f"{name}.md", text)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

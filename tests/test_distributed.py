@@ -1,0 +1,189 @@
+"""Several processes: the same model, a lost worker, two nodes."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mscs.distributed import World, is_lost_peer
+
+RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+# float64, so that the order of sums is all that may differ; no dropout and no drop-path, whose masks differ
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from mscs.distributed import join_world
+from mscs.engine import Trainer, apply_machine_settings, open_dataset
+from mscs.params import load_params
+
+class Double(Trainer):
+    def _to_device(self, batch):
+        images, labels = super()._to_device(batch)
+        return images.double(), labels
+
+run, root, folder = sys.argv[1:4]
+torch.set_default_dtype(torch.float64)
+params = load_params()
+options = {"head_channels": 16, "projector_channels": 16} if "hrnet" in run else {
+    "channels": 16, "aux_channels": 8, "dropout": 0.0, "drop_path_rate": 0.0, "projector_channels": 16}
+settings = params.resolve(run, "mini", {
+    "steps": 12, "log_every": 1, "batch_size": 8, "threads": 1, "crop_size": [64, 64], "image_size": [64, 96],
+    "lr": 0.001, "model_options": {**params.resolve(run, "mini").settings.model_options, **options}}).settings
+apply_machine_settings(settings)
+with join_world("cpu") as world:
+    folder = Path(folder) / str(world.size)
+    job = Double(settings, 0, world, open_dataset(settings, "train", Path(root)), folder)
+    weights = job.train()
+    if world.is_main:
+        torch.save({"weights": weights, "history": job.history, "sessions": job.sessions}, folder / "end.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [RUN, "cityscapes-upernet-swint-ours"])
+def test_one_two_and_four_processes_train_the_same_model(generated, tmp_path, run):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    for size in (1, 2, 4):
+        command = [*TORCHRUN, "--standalone", f"--nproc-per-node={size}", str(script), run]
+        command += [str(generated("cityscapes")), str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, *others = (torch.load(tmp_path / str(size) / "end.pt") for size in (1, 2, 4))
+    assert all(
+        tensor.dtype == torch.float64 for tensor in one["weights"].values() if tensor.is_floating_point()
+    )
+    for other in others:
+        assert [session["start"] for session in other["sessions"]] == [0]  # really trained, not resumed
+        for row, expected in zip(other["history"], one["history"], strict=True):
+            assert row == pytest.approx(expected, rel=1e-8)
+        for name, tensor in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], tensor, rtol=1e-8, atol=1e-8)
+
+
+def command(root, steps=20, **overrides):
+    """Return the arguments of a small training as a command."""
+    small = {"log_every": 1, "threads": 1, "crop_size": [64, 96], "image_size": [64, 96], "batch_size": 4}
+    settings = {**small, "steps": steps, "checkpoint_every": 3, **overrides}
+    return [
+        "-m",
+        "mscs",
+        "train",
+        RUN,
+        "--data-root",
+        str(root),
+        "--device=cpu",
+        *(f"--set={key}={value}" for key, value in settings.items()),
+    ]
+
+
+def options(folder):
+    folder.mkdir()
+    (folder / "params.yaml").write_bytes(Path("params.yaml").read_bytes())
+    return {"cwd": folder, "env": {**os.environ, "PYTHONPATH": os.getcwd()}, "text": True}
+
+
+def weights(folder):
+    (found,) = folder.rglob("seed-0.safetensors")
+    return found.read_bytes()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def workers_of(launcher):
+    """Return the process ids of a launcher's children that train, in order of rank."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())[1])
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
+        if parent == launcher and ranks:
+            found.append((ranks[0], int(folder.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(generated, tmp_path):
+    train = command(generated("cityscapes"))
+    two = ["--standalone", "--nproc-per-node=2"]
+    undisturbed = subprocess.run(
+        [*TORCHRUN, *two, *train], **options(tmp_path / "whole"), capture_output=True, check=False
+    )
+    assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
+    launcher = subprocess.Popen(
+        [*TORCHRUN, *two, "--max-restarts=1", *train],
+        **options(tmp_path / "killed"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    output, killed = [], False
+    for line in launcher.stdout:
+        output.append(line)
+        if "step 8/20" in line and not killed:
+            os.kill(workers_of(launcher.pid)[1], signal.SIGKILL)
+            killed = True
+    assert launcher.wait() == 0
+    assert killed
+    assert any(re.search("going on from step [69]", line) for line in output)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_does(generated, tmp_path):
+    train = command(generated("cityscapes"), steps=4)
+    one = subprocess.run(
+        [*TORCHRUN, "--standalone", "--nproc-per-node=2", *train],
+        **options(tmp_path / "one"),
+        capture_output=True,
+        check=False,
+    )
+    assert one.returncode == 0, one.stderr[-2000:]
+    where = options(tmp_path / "two")
+    two = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    nodes = [
+        subprocess.Popen(
+            [*TORCHRUN, *two, f"--node-rank={rank}", f"--local-addr=127.0.0.{rank + 1}", *train],
+            **where,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        output, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, output[-2000:]
+    assert weights(tmp_path / "two") == weights(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_three_processes_are_refused(generated, tmp_path):
+    where = options(tmp_path / "run")
+    where["env"] |= {"WORLD_SIZE": "3", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, *command(generated("cityscapes"))], **where, capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert "use 1, 2 or 4" in done.stderr
+
+
+def test_a_single_process_agrees_with_itself():
+    assert World(0, 1, torch.device("cpu")).largest(15) == 15
+
+
+def test_only_a_broken_connection_counts_as_a_lost_process():
+    assert is_lost_peer(RuntimeError("gloo: Connection closed by peer [127.0.0.1]:1234"))
+    assert not is_lost_peer(RuntimeError("shapes do not fit"))

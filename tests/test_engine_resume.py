@@ -1,0 +1,98 @@
+"""Runs that are killed or told to stop, as commands: what the next start makes of them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
+SMALL = {"log_every": 1, "threads": 1, "crop_size": [64, 96], "image_size": [64, 96], "batch_size": 4}
+STEPS = 40
+
+# Starts the command as often as it takes, kills it after a random number of steps and a random moment more,
+# ten times; then lets it end. The starts are forks, so that PyTorch is imported once.
+KILLER = """
+import os, random, re, signal, sys, time
+import mscs.engine
+from mscs.cli import main
+
+kills, chance = 0, random.Random(int(sys.argv[1]))
+while True:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        os.dup2(writer, 1)
+        os._exit(main(sys.argv[2:]))
+    os.close(writer)
+    left = chance.randint(1, 3) if kills < 10 else None
+    for line in os.fdopen(reader):
+        if left is not None and re.search(r" step \\d+/", line):
+            left -= 1
+            if left == 0:
+                time.sleep(chance.uniform(0, 0.2))
+                os.kill(child, signal.SIGKILL)
+                break
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    kills += status == -signal.SIGKILL
+    if status != -signal.SIGKILL:
+        print(kills, status)
+        break
+"""
+
+
+def arguments(root, *extra):
+    settings = [f"--set={k}={v}" for k, v in {**SMALL, "steps": STEPS, "checkpoint_every": 3}.items()]
+    return ["train", RUN, "--data-root", str(root), *settings, *extra]
+
+
+def prepare(folder):
+    folder.mkdir()
+    (folder / "params.yaml").write_bytes(Path("params.yaml").read_bytes())
+    return {"cwd": folder, "env": {**os.environ, "PYTHONPATH": os.getcwd()}, "text": True}
+
+
+def weights(folder):
+    (found,) = folder.rglob("seed-0.safetensors")
+    return found.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_ten_times_the_weights_are_those_of_an_uninterrupted_run(generated, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-m", "mscs", *arguments(generated("cityscapes"))]
+    assert subprocess.run(command, **prepare(whole), stdout=subprocess.DEVNULL, check=False).returncode == 0
+    killer = [sys.executable, "-c", KILLER, "0", *arguments(generated("cityscapes"))]
+    done = subprocess.run(killer, **prepare(killed), capture_output=True, check=False)
+    assert done.stdout.split() == ["10", "0"], done.stderr
+    assert weights(killed) == weights(whole)
+    for name in ("losses.csv", "train.json"):
+        (ours,), (theirs,) = killed.rglob(name), whole.rglob(name)
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_saves_and_the_next_start_goes_on(generated, tmp_path, signum, code, processes):
+    options = prepare(tmp_path / "run")
+    extra = ["--processes", str(processes), "--device", "cpu"]
+    command = [sys.executable, "-m", "mscs", *arguments(generated("cityscapes"), *extra)]
+    process = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if f"step 4/{STEPS}" in line:
+            process.send_signal(signum)
+            break
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == code, error
+    assert "goes on from there" in error
+    stopped = int(re.search(r"after step (\d+)", error)[1])
+    assert f"step {STEPS}/" not in rest
+    if processes == 1:
+        done = subprocess.run(command, **options, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"going on from step {stopped}" in done.stdout
