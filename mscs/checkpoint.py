@@ -6,6 +6,7 @@ loading it. The last two are kept; a damaged newest one falls back to the one be
 
 import fcntl
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from mscs.errors import MscsError, UsageError
 from mscs.results import atomic_path, read_json, write_json
 
 KEPT = 2
+HEADER = "mscs"
 
 
 @contextmanager
@@ -78,7 +80,8 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, s
     """Write final weights as safetensors, with `info` in the file's header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as temporary, _full_disk(path):
-        save_file(tensors, temporary, metadata=dict(info))
+        # one entry: the library writes several in no fixed order, and equal weights would differ in bytes
+        save_file(tensors, temporary, metadata={HEADER: json.dumps(dict(info), sort_keys=True)})
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -94,7 +97,7 @@ def read_header(path: str | Path) -> dict[str, str]:
     """Return what `save_weights` was told to put into the header."""
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            return json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except FileNotFoundError:
         raise UsageError(f"weights {path} do not exist; train the run first") from None
     except SafetensorError as error:

@@ -103,7 +103,7 @@ class Results:
         if difference is None:
             return "no published value"
         if cell.over is not None:
-            return "same sign" if ours.number * cell.paper > 0 else "opposite sign"
+            return "same sign" if float(ours.number) * float(cell.paper or 0) > 0 else "opposite sign"
         return "reproduced" if abs(difference) <= TOLERANCES[cell.run.split("-")[0]] else "off"
 
     def claim(self, claim: Claim) -> tuple[float | None, str]:

@@ -54,6 +54,12 @@ def test_weights_come_back_with_their_header(tmp_path):
     tensors, info = read_weights(tmp_path / "w.safetensors")
     assert torch.equal(tensors["a"], torch.ones(3, 2))
     assert info == {"run": "x"}
+    written = (tmp_path / "w.safetensors").read_bytes()
+    for _ in range(5):
+        save_weights(tmp_path / "w.safetensors", tensors, {"run": "x", "digest": "y", "seed": "0"})
+    first = (tmp_path / "w.safetensors").read_bytes()
+    save_weights(tmp_path / "w.safetensors", tensors, {"seed": "0", "digest": "y", "run": "x"})
+    assert (tmp_path / "w.safetensors").read_bytes() == first != written
     with pytest.raises(UsageError, match="train the run first"):
         read_weights(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
