@@ -22,7 +22,7 @@ COMPOSE = (2, 20)
 CUDA = 13000  # what the pinned PyTorch is built for, as the driver counts: 1000 * major + 10 * minor
 NEEDS = {"mini": {"disk": 3, "memory": 4, "gpu": 0}, "paper": {"disk": 250, "memory": 64, "gpu": 24}}
 """GB of free disk, memory and memory of one GPU. Paper: the four datasets unpacked with their archives (about
-100 GB), weights and two checkpoints of 80 runs; mini: rounded up from what its work folder and processes take."""
+100 GB), weights and two checkpoints of 80 runs. Both are planning figures."""
 DATASETS = ("cityscapes", "ade20k", "pascal_context", "cadis")
 STATES = ("ok", "warning", "problem")
 
