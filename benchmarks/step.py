@@ -5,7 +5,7 @@ optimiser and loader of `mscs train`, in plain fp32 and with each of our options
 images per second, peak memory, and the parts: data (one process reading, per batch), forward, cross-entropy,
 contrastive loss (forward), backward, optimiser. The parts wait for the device after each of them, so they add
 up to more than the step. The contrastive loss's share is what a step takes longer with it than without it.
-Every measurement runs in a process of its own, so that peaks do not mix and an exhausted memory ends one only.
+Every measurement runs in a process of its own: peaks do not mix, and an exhausted memory ends one only.
 
     python benchmarks/step.py                            # all rows, all options
     python benchmarks/step.py --quick                    # an eighth of the crop's sides, two repeats
@@ -16,9 +16,8 @@ Writes step-DEVICE.json and .md to benchmarks/results; `python -m reproduce plan
 """
 
 import argparse
+import itertools
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -42,14 +41,15 @@ WARM_UP = 2
 
 
 def jobs(arguments):
-    """Yield one job per row and variant; a row is measured on its run with the full loss."""
+    """Yield one job per row and variant; a row is measured on a run with the full loss where it has one."""
     from mscs.params import load_params
 
     params = load_params(ROOT / "params.yaml")
     seen = set()
-    for run in params.runs:
+    runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss != "ours")
+    for run in runs:
         settings = params.resolve(run, arguments.profile).settings
-        if settings.loss != "ours" or settings.schedule in seen or arguments.rows not in settings.schedule:
+        if settings.schedule in seen or not any(part in settings.schedule for part in arguments.rows):
             continue
         seen.add(settings.schedule)
         own = {key: getattr(settings, key) for key in PLAIN}
@@ -215,9 +215,7 @@ class Step:
             marks.append(self.wait())
             self.optimizer.step()
             marks.append(self.wait())
-            forward, entropy, both, backward, optimiser = (
-                b - a for a, b in zip(marks[:-1], marks[1:], strict=True)
-            )
+            forward, entropy, both, backward, optimiser = (b - a for a, b in itertools.pairwise(marks))
             seconds.append((forward, entropy, max(0.0, both - entropy), backward, optimiser))
         medians = map(statistics.median, zip(*seconds[WARM_UP:], strict=True))
         return dict(zip(PARTS[1:], medians, strict=True))
@@ -263,7 +261,8 @@ def device_name():
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{machine()['cpu'] or platform.machine()}, {os.cpu_count()} cores"
+    facts = machine()
+    return f"{facts['cpu']}, {facts['cpus']} cores"
 
 
 def parse():
@@ -272,7 +271,7 @@ def parse():
     )
     parser.add_argument("--profile", default="paper", help="mini or paper (default: paper)")
     parser.add_argument("--quick", action="store_true", help="an eighth of each side, two repeats")
-    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
     parser.add_argument(
         "--variants",
         nargs="+",

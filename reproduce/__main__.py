@@ -13,7 +13,8 @@ from mscs.errors import UsageError, unknown_name
 from mscs.params import Params, load_params
 from mscs.results import write_json, write_text
 from reproduce import pipeline
-from reproduce.cells import TABLES, cells
+from reproduce.cells import TABLES, cells, table_runs
+from reproduce.workers import devices, side_by_side
 
 FIGURES = {"fig1": "tsne", **dict.fromkeys(pipeline.FIGURE_RUNS, "qualitative")}
 
@@ -43,6 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep-going", action="store_true", help="go on with what does not depend on a failed stage"
     )
     run.add_argument("--fresh", action="store_true", help="retrain from step 0 what has to be retrained")
+    side = run.add_mutually_exclusive_group()
+    side.add_argument(
+        "--gpus", type=int, metavar="N", help="train N runs side by side, each on a GPU of its own"
+    )
+    side.add_argument("--jobs", type=int, metavar="N", help="train N runs side by side, wherever they run")
+
+    plan = command("plan", _plan, "say what a target costs here, and start nothing")
+    plan.add_argument("target", nargs="*", help="as for run (default: all)")
+    plan.add_argument("--table", action="append", default=[], help="the same as naming the table")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices to plan for (default: 1)")
+    plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
+    plan.add_argument("--json", action="store_true", help="print JSON")
 
     listing = command("cells", _cells, "list every cell of Tables 1-3 and the run that fills it")
     listing.add_argument("--json", action="store_true", help="print JSON")
@@ -120,6 +133,40 @@ def stages_of(target: str, params: Params) -> list[str]:
     raise UsageError(unknown_name("target", target, accepted))
 
 
+def runs_of(target: str, params: Params) -> list[str]:
+    """Return the runs that a target needs trained."""
+    if target in TABLES:
+        return table_runs(target)
+    if target in FIGURES:
+        return list(pipeline.FIGURE_RUNS.get(target, pipeline.TSNE_RUNS))
+    if target in pipeline.DATASETS:
+        return []
+    if target in params.runs:
+        return [target]
+    return pipeline.row_runs(params) if target == "rows" else pipeline.default_runs(params)
+
+
+def _wanted(targets: Sequence[str], params: Params) -> list[str]:
+    for target in targets:
+        stages_of(target, params)
+    runs = [run for target in targets or ["report"] for run in runs_of(target, params)]
+    return list(dict.fromkeys(runs))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from reproduce import plan
+
+    if args.gpus < 1:
+        raise UsageError("--gpus takes a number from 1")
+    params = load_params()
+    runs = _wanted([*args.target, *args.table], params)
+    if args.measure:
+        plan.measure([params.resolve(run).settings for run in runs])
+    device = plan.device_name()
+    document = plan.document(plan.costs(params, runs, device), device, args.gpus)
+    print(json.dumps(document, indent=1) if args.json else plan.text(document))
+
+
 def _run(args: argparse.Namespace) -> int:
     import os
 
@@ -130,6 +177,12 @@ def _run(args: argparse.Namespace) -> int:
         command.append("--keep-going")
     environment = {**os.environ, "MSCS_FRESH": "1"} if args.fresh else None
     try:
+        if args.gpus is not None or args.jobs is not None:
+            workers = devices(args.gpus, args.jobs)
+            runs = _wanted(args.target, params)
+            code = side_by_side(params, runs, workers, keep_going=args.keep_going, environment=environment)
+            if code and not args.keep_going:
+                return code
         code = subprocess.run(command, check=False, env=environment).returncode
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -1,0 +1,160 @@
+"""What a target costs before anything is started: steps, images, GPU-hours, wall time, and what is done.
+
+Times come from files that benchmarks/step.py wrote on the same device, and are of training alone. A step of a
+run is four groups of images; on one GPU they are computed as one batch, here counted as four times one group.
+Where nothing was measured the answer is "unknown".
+"""
+
+import heapq
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mscs.cli import RESULTS, WORK
+from mscs.errors import MscsError
+from mscs.params import GROUPS, Params, Settings
+from mscs.provenance import machine
+from mscs.results import read_json
+
+MEASURED = Path("benchmarks/results")
+SCRIPT = Path("benchmarks/step.py")
+OPTIONS = ("precision", "tf32", "channels_last", "compile")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One run: what it takes, and how far it is. Hours of one device; None is unknown."""
+
+    run: str
+    state: str
+    steps: int
+    images: int
+    hours: float | None
+    group_bytes: int | None
+
+    @property
+    def open(self) -> bool:
+        """Whether it has still to be trained."""
+        return self.state == "to do"
+
+
+def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
+    """Return the cost of each run on `device`, as `device_name` gives it."""
+    found = []
+    for run in runs:
+        settings = params.resolve(run).settings
+        steps = settings.steps * len(settings.seeds)
+        row = measurement(settings, device)
+        hours = None if row is None else steps * GROUPS * row["step_ms"] / 3.6e6
+        memory = None if row is None else row["peak_bytes"]
+        found.append(Cost(run, state(settings), steps, steps * settings.batch_size, hours, memory))
+    return found
+
+
+def state(settings: Settings) -> str:
+    """Return "done", "trained" (not evaluated) or "to do", from the results that are there."""
+    folder = RESULTS / settings.profile / "runs" / settings.run
+    try:
+        if read_json(folder / "run.json").get("digest") != settings.digest():
+            return "to do"
+    except MscsError:
+        return "to do"
+    return "done" if (folder / "evaluation.json").exists() else "trained"
+
+
+def measurement(settings: Settings, device: str) -> dict[str, Any] | None:
+    """Return the row measured for a run's network on `device` under its options, the latest file's first."""
+    folders = (WORK / settings.profile / "benchmark", MEASURED)
+    files = [file for folder in folders for file in folder.glob("step-*.json")]
+    for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
+        document = read_json(file)
+        if (document["device"], document["profile"], document["quick"]) != (device, settings.profile, False):
+            continue
+        for row in document["results"]:
+            same = all(row["options"][key] == getattr(settings, key) for key in OPTIONS)
+            if same and row["row"] == settings.schedule and "failed" not in row:
+                return row
+    return None
+
+
+def device_name() -> str:
+    """Return the first GPU's name, or the processor's, as benchmarks/step.py names it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    facts = machine()
+    return f"{facts['cpu']}, {facts['cpus']} cores"
+
+
+def measure(settings: Sequence[Settings]) -> None:
+    """Measure the networks of some runs here, a few steps each; files go to the profile's work folder."""
+    if not SCRIPT.exists():
+        raise MscsError(f"{SCRIPT} is missing; measure in a checkout of the project")
+    schedules = sorted({item.schedule for item in settings})
+    profile = settings[0].profile
+    command = [sys.executable, str(SCRIPT), "--profile", profile, "--variants", "settings", "--repeats", "3"]
+    command += ["--output", str(WORK / profile / "benchmark"), "--rows", *schedules]
+    if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
+        raise MscsError("the measurement failed; its own message says why")
+
+
+def wall_hours(hours: Iterable[float], devices: int) -> float:
+    """Return when the last run ends if each goes, in order, to the device that is free first."""
+    free = [0.0] * devices
+    for one in hours:
+        heapq.heapreplace(free, free[0] + one)
+    return max(free)
+
+
+def document(found: Sequence[Cost], device: str, devices: int) -> dict[str, Any]:
+    """Return the plan as plain values."""
+    return {
+        "device": device,
+        "devices": devices,
+        "runs": [vars(cost) for cost in found],
+        "total": _total(found, devices),
+        "to_do": _total([cost for cost in found if cost.open], devices),
+    }
+
+
+def _total(found: Sequence[Cost], devices: int) -> dict[str, Any]:
+    known = [cost.hours for cost in found if cost.hours is not None]
+    complete = len(known) == len(found)
+    return {
+        "runs": len(found),
+        "steps": sum(cost.steps for cost in found),
+        "images": sum(cost.images for cost in found),
+        "hours": sum(known) if complete else None,
+        "wall_hours": wall_hours(known, devices) if complete else None,
+    }
+
+
+def text(plan: dict[str, Any]) -> str:
+    """Return the plan as lines for people."""
+    lines = [f"{'run':50} {'state':8} {'steps':>9} {'images':>11} {'hours':>9} {'GiB':>8}"]
+    for run in plan["runs"]:
+        memory = None if run["group_bytes"] is None else run["group_bytes"] / 2**30
+        lines.append(
+            f"{run['run']:50} {run['state']:8} {run['steps']:9,} {run['images']:11,} "
+            f"{_number(run['hours']):>9} {_number(memory):>8}"
+        )
+    for name in ("total", "to_do"):
+        sums = plan[name]
+        counted = f"{sums['runs']} runs, {sums['steps']:,} steps, {sums['images']:,} images"
+        hours, wall = _number(sums["hours"]), _number(sums["wall_hours"])
+        where = f"{plan['devices']} x {plan['device']}"
+        lines.append(f"{name.replace('_', ' ')}: {counted}, {hours} device-hours, {wall} hours on {where}")
+    if plan["total"]["hours"] is None:
+        lines.append("unknown: never measured on this device; --measure does that, in minutes")
+    lines.append("Hours are of training on one device, GiB of one group of images. Nothing was started.")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2g}"

@@ -1,0 +1,110 @@
+"""Several trainings side by side in one workspace, each by a DVC process of its own.
+
+DVC locks a stage's files and everything upstream of it, so the settings and the data come first; then every
+worker repeats single stages (`dvc repro --single-item`), which lock nothing in common; what is left, tables
+and figures, is for a plain `dvc repro` afterwards.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mscs.errors import UsageError
+from mscs.params import Params
+from reproduce import pipeline
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def devices(gpus: int | None, jobs: int | None) -> list[Mapping[str, str]]:
+    """Return what each worker adds to its environment: a GPU of its own, or nothing.
+
+    Raises:
+        UsageError: fewer than one worker, or fewer GPUs than asked for.
+    """
+    if (gpus if gpus is not None else jobs or 0) < 1:
+        raise UsageError("--gpus and --jobs take a number from 1")
+    if gpus is None:
+        return [{} for _ in range(jobs or 0)]
+    visible = visible_gpus()
+    if gpus > len(visible):
+        raise UsageError(
+            f"--gpus {gpus}: found {len(visible)} GPUs; --jobs N trains N runs side by side without them"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible[:gpus]]
+
+
+def visible_gpus() -> list[str]:
+    """Return the names by which CUDA_VISIBLE_DEVICES knows this machine's GPUs."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name]
+    return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+
+
+def upstream(params: Params, runs: Sequence[str]) -> list[str]:
+    """Return the stages that several runs share: the settings and the data."""
+    default = pipeline.default_runs(params)
+    names = [f"resolve@{params.profile}"]
+    for dataset in dict.fromkeys(params.run_info(run)["dataset"] for run in runs):
+        home = any(params.run_info(run)["dataset"] == dataset for run in default)
+        names.append(f"{'' if home else f'{pipeline.ROWS_FILE}:'}data@{params.profile}-{dataset}")
+    return names
+
+
+def stages(params: Params, run: str) -> list[str]:
+    """Return the stages of one run, in order."""
+    prefix = "" if run in pipeline.default_runs(params) else f"{pipeline.ROWS_FILE}:"
+    dataset = params.run_info(run)["dataset"]
+    return [f"{prefix}{verb}_{dataset}@{params.profile}-{run}" for verb in ("train", "evaluate")]
+
+
+def side_by_side(
+    params: Params,
+    runs: Sequence[str],
+    workers: Sequence[Mapping[str, str]],
+    *,
+    keep_going: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Bring `runs` up to date, as many at a time as there are workers; return DVC's first bad exit code or 0.
+
+    After a failure no further run is started, unless `keep_going`; those under way end.
+    """
+    base = {**os.environ, **(environment or {})}
+    code = subprocess.run([*DVC, "repro", *upstream(params, runs)], check=False, env=base).returncode
+    if code:
+        return code
+    waiting: Iterator[str] = iter(runs)
+    failures: list[int] = []
+    lock, stop = threading.Lock(), threading.Event()
+
+    def next_run() -> str | None:
+        with lock:
+            return None if stop.is_set() else next(waiting, None)
+
+    def work(own: Mapping[str, str]) -> None:
+        while (run := next_run()) is not None:
+            for stage in stages(params, run):
+                command = [*DVC, "--wait-for-lock", "repro", "--single-item", stage]
+                code = subprocess.run(command, check=False, env={**base, **own}).returncode
+                if code:
+                    failures.append(code)
+                    if not keep_going:
+                        stop.set()
+                    print(f"{stage} failed with exit code {code}", file=sys.stderr)
+                    break
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in workers]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        stop.set()
+        raise
+    return failures[0] if failures else 0
