@@ -249,3 +249,15 @@ def test_every_row_of_every_table_takes_a_step(params, generated, tmp_path, run)
     )
     assert ("aux" in row) == (settings.aux_weight > 0)
     assert math.isfinite(row["loss"])
+
+
+def test_random_weights_in_profile_paper_must_be_asked_for_by_name(tmp_path, monkeypatch, capsys):
+    from mscs.cli import main
+
+    root = Path("params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(root.replace("pretrained: true", "pretrained: false"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", RUN, "--profile", "paper"]) == 2
+    assert "--set pretrained=false" in capsys.readouterr().err
+    assert main(["train", RUN, "--profile", "paper", "--set", "pretrained=false"]) == 2
+    assert "no dataset" in capsys.readouterr().err

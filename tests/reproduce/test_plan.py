@@ -1,0 +1,93 @@
+"""Costs from measurements that are known, and their honest absence."""
+
+import json
+
+import pytest
+
+from mscs.errors import UsageError
+from mscs.params import load_params
+from mscs.results import write_json
+from reproduce import __main__ as command
+from reproduce import plan
+
+RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
+DEVICE = "a device"
+
+
+@pytest.fixture
+def params(monkeypatch, tmp_path):
+    loaded = load_params()
+    monkeypatch.setattr(plan, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(plan, "WORK", tmp_path / "work")
+    monkeypatch.setattr(plan, "MEASURED", tmp_path / "measured")
+    return loaded
+
+
+def measured(settings, folder, device=DEVICE, step_ms=250.0, **changes):
+    options = {key: getattr(settings, key) for key in plan.OPTIONS}
+    row = {"row": settings.schedule, "options": options, "step_ms": step_ms, "peak_bytes": 2**30}
+    document = {
+        "device": device,
+        "profile": settings.profile,
+        "quick": False,
+        "results": [{**row, **changes}],
+    }
+    write_json(folder / "step-here.json", document)
+
+
+def test_hours_are_steps_times_four_groups(params, tmp_path):
+    settings = params.resolve(RUN).settings
+    measured(settings, tmp_path / "measured")
+    (cost,) = plan.costs(params, [RUN], DEVICE)
+    assert cost.steps == settings.steps
+    assert cost.images == settings.steps * settings.batch_size
+    assert cost.hours == pytest.approx(settings.steps * 4 * 0.25 / 3600)
+    assert cost.group_bytes == 2**30
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"device": "another"}, {"row": "cadis-x"}, {"options": dict.fromkeys(plan.OPTIONS)}, {"failed": "x"}],
+)
+def test_what_was_not_measured_is_unknown(params, tmp_path, other):
+    settings = params.resolve(RUN).settings
+    measured(settings, tmp_path / "measured", **{"device": DEVICE, **other})
+    found = plan.costs(params, [RUN], DEVICE)
+    assert found[0].hours is None
+    document = plan.document(found, DEVICE, 1)
+    assert document["total"]["wall_hours"] is None
+    assert "unknown" in plan.text(document)
+
+
+def test_a_run_is_done_only_under_its_own_settings(params, tmp_path):
+    settings = params.resolve(RUN).settings
+    folder = tmp_path / "results" / settings.profile / "runs" / RUN
+    assert plan.state(settings) == "to do"
+    write_json(folder / "run.json", {"digest": settings.digest()})
+    assert plan.state(settings) == "trained"
+    write_json(folder / "evaluation.json", {})
+    assert plan.state(settings) == "done"
+    write_json(folder / "run.json", {"digest": "of other settings"})
+    assert plan.state(settings) == "to do"
+
+
+def test_the_wall_time_is_that_of_the_device_which_ends_last():
+    assert plan.wall_hours([3, 1, 1, 2], 1) == 7
+    assert plan.wall_hours([3, 1, 1, 2], 2) == 4
+    assert plan.wall_hours([3, 1], 4) == 3
+    assert plan.wall_hours([], 2) == 0
+
+
+def test_the_command_prints_every_run_of_a_table(params, capsys):
+    assert command.main(["plan", "--table", "2b", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {run["run"] for run in document["runs"]} == set(command.table_runs("2b"))
+    assert document["to_do"]["runs"] == len(document["runs"])
+
+
+def test_targets_that_train_nothing_and_unknown_ones(params):
+    assert command.runs_of("cityscapes", params) == []
+    assert command.runs_of("fig1", params) == list(command.pipeline.TSNE_RUNS)
+    assert command.runs_of("report", params) == command.pipeline.default_runs(params)
+    with pytest.raises(UsageError, match="2c"):
+        command._wanted(["2c"], params)
