@@ -168,7 +168,8 @@ def test_an_edit_reaches_the_stages_that_use_it_and_no_others(params, tmp_path):
         (folder / path).write_text(original)
         subprocess.run(resolve, cwd=folder, check=True)
         dvc(folder, "commit", "-f", "-q", "resolve@mini")
-        return {name for name in found if "@" in name}
+        # the report shows everything, so it may change with anything
+        return {name for name in found if "@" in name} - {"report@mini"}
 
     run = "cityscapes-upernet-swins-ours-fpn: {"
     assert after("params.yaml", run, run + "lr: 0.003, ") == {
@@ -178,7 +179,7 @@ def test_an_edit_reaches_the_stages_that_use_it_and_no_others(params, tmp_path):
     pair = {f"train_cadis@mini-cadis-ocrnet-r50-{loss}" for loss in ("ce", "ours")}
     assert after("params.yaml", row, row.replace("0.0", "0.1")) == pair | {"qualitative@mini"}
     edited = after("reproduce/tables.py", '"""Result files', '"""Results files')
-    assert {name.split("_")[0] for name in edited} <= {"tables", "report@mini"}
+    assert {name.split("_")[0] for name in edited} <= {"tables"}
     edited = after("mscs/inference.py", '"""From one image', '"""From each image')
     assert {name.split("@")[0] for name in edited} >= {
         "evaluate_cityscapes",
