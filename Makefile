@@ -1,5 +1,7 @@
 # `make` lists the verbs.
 PYTHON ?= python3
+# runs trained side by side; one core each is enough for mini
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -22,7 +24,7 @@ $(READY): requirements.lock pyproject.toml
 	touch $(READY)
 
 reproduce: $(READY) ## run the whole pipeline in the profile of params.yaml and print where the report is
-	$(BIN)/python -m reproduce run
+	$(BIN)/python -m reproduce run --jobs $(JOBS)
 
 test: $(READY) ## the test suite without its slow tests (offline, CPU, minutes)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

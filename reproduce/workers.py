@@ -5,6 +5,7 @@ worker repeats single stages (`dvc repro --single-item`), which lock nothing in 
 and figures, is for a plain `dvc repro` afterwards.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def stages(params: Params, run: str) -> list[str]:
     return [f"{prefix}{verb}_{dataset}@{params.profile}-{run}" for verb in ("train", "evaluate")]
 
 
+def changed(environment: Mapping[str, str]) -> set[str]:
+    """Return the stages that DVC holds for out of date, so that none is asked about one by one."""
+    command = [*DVC, "--wait-for-lock", "status", "--json"]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    return set(json.loads(done.stdout or "{}"))
+
+
 def side_by_side(
     params: Params,
     runs: Sequence[str],
@@ -78,7 +86,8 @@ def side_by_side(
     code = subprocess.run([*DVC, "repro", *upstream(params, runs)], check=False, env=base).returncode
     if code:
         return code
-    waiting: Iterator[str] = iter(runs)
+    stale = changed(base)
+    waiting: Iterator[str] = iter([run for run in runs if stale & set(stages(params, run))])
     failures: list[int] = []
     lock, stop = threading.Lock(), threading.Event()
 

@@ -17,7 +17,7 @@ RUNS = ["cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours", "cadis-ocrnet-
 @pytest.fixture
 def calls(monkeypatch):
     """Record DVC's calls instead of making them; `fail` names a run whose stages fail."""
-    record = SimpleNamespace(made=[], fail=None, lock=threading.Lock())
+    record = SimpleNamespace(made=[], fail=None, current=set(), lock=threading.Lock())
 
     def run(command, *, check, env):
         with record.lock:
@@ -25,6 +25,8 @@ def calls(monkeypatch):
         failed = record.fail is not None and command[-1].endswith(record.fail)
         return SimpleNamespace(returncode=255 if failed else 0)
 
+    every = {stage for name in RUNS for stage in workers.stages(load_params(), name)}
+    monkeypatch.setattr(workers, "changed", lambda _: every - record.current)
     monkeypatch.setattr(workers.subprocess, "run", run)
     return record
 
@@ -51,6 +53,13 @@ def test_after_a_failure_nothing_new_starts_unless_told_to(calls):
     calls.made.clear()
     assert workers.side_by_side(load_params(), RUNS, [{}], keep_going=True) == 255
     assert len(calls.made) == 1 + 1 + 2 + 2
+
+
+def test_runs_that_are_up_to_date_are_not_asked_about(calls):
+    calls.current = set(workers.stages(load_params(), RUNS[1]))
+    assert workers.side_by_side(load_params(), RUNS, [{}]) == 0
+    assert not [call for call, _ in calls.made[1:] if call[-1].endswith(f"-{RUNS[1]}")]
+    assert len(calls.made) == 1 + 2 + 2
 
 
 def test_rows_live_in_their_own_file():
