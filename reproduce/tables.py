@@ -95,7 +95,7 @@ class Results:
             return "out of memory" if cell.paper == "OOM" else "off"
         if cell.read == "parameters":
             close = difference is not None and abs(difference) < PARAMETER_TOLERANCE
-            return "reproduced" if close else "off"
+            return ("same count" if self.profile == "mini" else "reproduced") if close else "off"
         if self.profile == "mini":
             return "ran (mini)"
         if cell.read == "memory":
