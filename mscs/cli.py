@@ -175,7 +175,9 @@ def data_root(settings: Settings) -> Path:
     """Return where a run's dataset lies: $MSCS_DATA or data/ if real, else the profile's work folder."""
     if settings.data_source == "generated":
         return WORK / settings.profile / "data" / settings.dataset
-    return Path(os.environ.get("MSCS_DATA", "data")) / settings.dataset
+    from mscs.datasets.commands import default_root
+
+    return default_root(settings.dataset)
 
 
 def run_folder(settings: Settings, args: argparse.Namespace) -> str:

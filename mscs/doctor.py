@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mscs.datasets.commands import default_root
 from mscs.errors import UsageError, unknown_name
 
 LOCK = Path("requirements.lock")
@@ -237,19 +238,19 @@ def check_data(profile: str) -> Iterator[Finding]:
     if profile == "mini":
         yield Finding("data", "ok", "generated when needed")
         return
-    root = Path(os.environ.get("MSCS_DATA", "data"))
     for name in DATASETS:
-        there = (root / name).is_dir()
+        root = default_root(name)
+        there = root.is_dir()
         remedy = (
             "" if there else f"`mscs data fetch {name}`, or set MSCS_DATA to the folder that holds {name}/"
         )
-        yield Finding(f"data {name}", "ok" if there else "problem", str(root / name), remedy)
+        yield Finding(f"data {name}", "ok" if there else "problem", str(root), remedy)
 
 
 def check_credentials(profile: str) -> Iterator[Finding]:
     """Whether the Cityscapes login is given; its value is never looked at further."""
     given = all(os.environ.get(f"CITYSCAPES_{part}") for part in ("USERNAME", "PASSWORD"))
-    needed = profile == "paper" and not (Path(os.environ.get("MSCS_DATA", "data")) / "cityscapes").is_dir()
+    needed = profile == "paper" and not default_root("cityscapes").is_dir()
     remedy = "set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD, or be asked by `mscs data fetch cityscapes`"
     lacking = needed and not given
     yield Finding(

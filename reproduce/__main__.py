@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -168,8 +169,6 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import os
-
     params = load_params()
     targets = [stage for target in args.target for stage in stages_of(target, params)]
     command = [sys.executable, "-m", "dvc", "repro", *targets]

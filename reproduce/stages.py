@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.cli import RESULTS, WORK, data_root, main, read_resolved, resolve_all, run_command
+from mscs.datasets.commands import default_root
 from mscs.errors import MscsError, UsageError
 from mscs.params import Settings, load_params
 from mscs.results import read_json, write_json
@@ -33,7 +34,7 @@ def data(profile: str, dataset: str) -> None:
         root = WORK / profile / "data" / dataset
         _draw(dataset, root, settings)
     else:
-        root = Path(os.environ.get("MSCS_DATA", "data")) / dataset
+        root = default_root(dataset)
     facts = manifest(dataset, root, settings["task"])
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
     if settings["data_source"] == "generated":
