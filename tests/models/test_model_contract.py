@@ -122,14 +122,15 @@ def test_weights_survive_a_file(case, tmp_path):
 @pytest.mark.parametrize("case", SMALL)
 def test_bfloat16_autocast_trains_and_stays_close(case):
     model = build(case, SMALL[case][-1][0]).train()
-    images = pictures(2, 3, 128, 128)  # batch norm over the few positions of smaller images amplifies rounding
+    images = pictures(2, 3, 128, 128)  # batch norm over fewer positions amplifies the rounding
     exact = copy.deepcopy(model)(images)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(images)
     pairs = zip(tensors(rounded), tensors(exact), strict=True)
     errors = torch.stack([(a.float() - b).norm() / b.norm() for a, b in pairs])
     # single outputs differ with the CPU's bfloat16 instructions (seen: up to 0.17), their mean hardly
-    assert errors.mean() < 0.1 and errors.max() < 0.3
+    assert errors.mean() < 0.1
+    assert errors.max() < 0.3
     scalar(rounded).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
