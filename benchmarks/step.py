@@ -35,6 +35,7 @@ VARIANTS = {
     "bf16 plain": PLAIN | {"precision": "bf16"},
     "bf16 channels-last": PLAIN | {"precision": "bf16", "channels_last": True},
     "bf16 channels-last compile": PLAIN | {"precision": "bf16", "channels_last": True, "compile": True},
+    "fp32 plain deterministic": PLAIN | {"deterministic": True},
 }
 PARTS = ("data", "forward", "cross_entropy", "contrastive", "backward", "optimiser")
 WARM_UP = 2
@@ -73,7 +74,7 @@ def settings_of(job):
     from mscs.params import load_params
 
     settings = load_params(ROOT / "params.yaml").resolve(job["run"], job["profile"]).settings
-    settings = replace(settings, **job["options"], pretrained=False, deterministic=False)
+    settings = replace(settings, **{"deterministic": False} | job["options"], pretrained=False)
     settings = replace(settings, batch_size=settings.images_per_group, skip_wrong_labels=False)
     if job["quick"]:
         height, width = (max(64, side // 8 // 32 * 32) for side in settings.crop_size)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from mscs.checkpoint import load_checkpoint, lock, read_header, save_checkpoint, save_weights
 from mscs.datasets import Dataset, build_dataset
 from mscs.distributed import WORLD_SIZES, World, all_mean, barrier, is_lost_peer
-from mscs.errors import MscsError
-from mscs.loader import Batch, train_loader
+from mscs.errors import MscsError, UsageError
+from mscs.loader import STALLED_SECONDS, Batch, train_loader
 from mscs.losses import MultiScaleContrastiveLoss, segmentation_loss
 from mscs.models import ModelOutput, build_model, convert_sync_batchnorm
 from mscs.optim import build_optimizer, learning_rate
@@ -239,6 +239,8 @@ class Trainer:
         optimizer, scaler = parts["optimizer"], parts["scaler"]
         guard = _FiniteGuard(world.device, self.checkpoints, self.seed)
         network.train()
+        if settings.batch_norm == "frozen":
+            freeze_batch_norm(network)
         for batch in self._batches(start):
             done = batch.step + 1
             shown = done % settings.log_every == 0 or done == settings.steps
@@ -246,24 +248,18 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, world.rank))
-            images, labels = self._to_device(batch)
-            dtype = AUTOCAST[settings.precision]
-            with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
-                output = network(images)
-                total, terms, counts = objective(output, labels, self._generators(batch.step))
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(total).backward()
+            terms, counts, last_part = self._accumulate_gradients(batch, network, objective, scaler)
             if shown:
                 scaler.unscale_(optimizer)
                 counts["gradient_norm"] = gradient_norm(parts["model"])
             scaler.step(optimizer)
             scaler.update()
-            guard.watch(batch, {"total": total, **terms})
+            guard.watch(batch, terms)
             if shown:
                 guard.check()
-                row = self._log(done, lr, {"loss": total, **terms, **counts})
-                progress.show(row)
-                self._observe(Snapshot(self.seed, self.history, images, labels, output.logits))
+                progress.show(self._log(done, lr, terms | counts))
+                self._observe(Snapshot(self.seed, self.history, *last_part))
             progress.advance()
             signum = world.largest(stop.signum)
             stopping = signum or done in (self.stop_after, settings.steps)
@@ -274,6 +270,38 @@ class Trainer:
                 raise Stopped(signum, done)
             if done == self.stop_after:
                 return
+
+    def _accumulate_gradients(
+        self, batch: Batch, network: nn.Module, objective: Objective, scaler: torch.amp.GradScaler
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        """Add the gradients of a batch, part by part, to those that the parameters hold.
+
+        Returns the loss and its terms, the anchor counts (means over the parts), and images, labels and
+        logits of the last part.
+        """
+        parts, device = self.settings.accumulation_steps, self.world.device
+        generators = self._generators(batch.step)
+        per_part, rest = divmod(len(generators), parts)
+        if rest:
+            raise UsageError(
+                f"accumulation_steps {parts} does not divide a process's {len(generators)} groups of images"
+            )
+        dtype = AUTOCAST[self.settings.precision]
+        means: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        pieces = zip(*(x.chunk(parts) for x in self._to_device(batch)), strict=True)
+        for part, (images, labels) in enumerate(pieces, start=1):
+            of_part = generators[(part - 1) * per_part : part * per_part]
+            # processes exchange gradients with the last part
+            alone = isinstance(network, DistributedDataParallel) and part < parts
+            with network.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    output = network(images)
+                    total, terms, counts = objective(output, labels, of_part)
+                scaler.scale(total / parts).backward()
+            for whole, values in zip(means, ({"loss": total, **terms}, counts), strict=True):
+                for name, value in values.items():
+                    whole[name] = whole.get(name, 0) + value.detach() / parts
+        return *means, (images, labels, output.logits.detach())
 
     def _batches(self, start: int) -> Iterator[Batch]:
         return train_loader(
@@ -363,6 +391,13 @@ class Trainer:
         return {**self.settings.phase("train"), "seed": self.seed}
 
 
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Let every batch norm use its running statistics, and leave them as they are; affine parts train on."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def gradient_norm(model: nn.Module) -> Tensor:
     """Return the 2-norm over all gradients of a model, a scalar on its device."""
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -378,10 +413,10 @@ class _FiniteGuard:
         self._eager = device.type == "cpu"
 
     def watch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
-        values = torch.stack([value.detach().to(terms["total"]) for value in terms.values()])
+        values = torch.stack([value.to(terms["loss"]) for value in terms.values()])
         bad = ~values.isfinite().all()
         self._first_bad = torch.where(bad & (self._first_bad < 0), batch.step, self._first_bad)
-        self._recent.append((batch.step, batch.ids, {k: v.detach() for k, v in terms.items()}))
+        self._recent.append((batch.step, batch.ids, terms))
         if self._eager:
             self.check()
 
@@ -474,6 +509,11 @@ def _explained(settings: Settings, world: World) -> Iterator[None]:
                 "another process of this training was lost; its own message says why. The same command goes "
                 "on from the last checkpoint"
             ) from error
+        if "DataLoader timed out" in str(error):
+            raise MscsError(
+                f"no batch came from the processes that read images for {STALLED_SECONDS} s: does the folder "
+                "of the dataset hang (network disk)? The same command goes on from the last checkpoint"
+            ) from error
         if "DataLoader worker" in str(error):
             raise MscsError(
                 f"a process that reads images died ({str(error).splitlines()[0]}). Where memory "
@@ -490,6 +530,11 @@ def memory_advice(settings: Settings, processes: int) -> list[str]:
         advice.append(f"--processes {2 * processes} on as many GPUs: {part} images each, the same result")
     if settings.precision == "fp32":
         advice.append("--set precision=bf16: activations take half")
+    if settings.accumulation_steps * processes < WORLD_SIZES[-1]:
+        advice.append(
+            f"--set accumulation_steps={2 * settings.accumulation_steps} --set batch_norm=part: half the "
+            "images at a time, another model (batch norm sees parts of the batch)"
+        )
     if settings.contrastive and settings.sampling == "all":
         advice.append("--set sampling=balanced: no more than max_anchors rows per scale")
     if settings.batch_size > 4:

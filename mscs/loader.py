@@ -19,6 +19,9 @@ from mscs.datasets.base import Dataset, Sample
 from mscs.errors import MscsError, UsageError
 from mscs.seeding import numpy_generator
 
+STALLED_SECONDS = 600
+"""A batch that worker processes have not read after this time will not come: a disk or network hangs."""
+
 
 class Batch(NamedTuple):
     """One process's part of a global batch: images float32 (b, 3, h, w), labels int64 (b, h, w)."""
@@ -116,6 +119,7 @@ def train_loader(
         pin_memory=pin_memory,
         worker_init_fn=_single_threaded,
         prefetch_factor=2 if num_workers else None,
+        timeout=STALLED_SECONDS if num_workers else 0,
     )
     for step, parts in zip(steps, loader, strict=True):
         if isinstance(parts, MscsError):

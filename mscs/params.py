@@ -134,6 +134,8 @@ class Settings:
     images_per_group: int = _schedule((1, None))
     steps: int = _schedule((1, None))
 
+    accumulation_steps: int = _engine("train", (1, GROUPS))
+    batch_norm: Literal["batch", "part", "frozen"] = _engine()
     precision: Literal["fp32", "bf16", "fp16"] = _engine("both")
     tf32: bool = _engine("both")
     channels_last: bool = _engine("both")
@@ -419,6 +421,14 @@ def _complete(
         if "images_per_group" not in overrides:
             values["images_per_group"] = values["batch_size"] // GROUPS
             sources["images_per_group"] = "batch_size / 4: the paper's images per GPU"
+    parts = values.get("accumulation_steps", 1)
+    if isinstance(parts, int) and parts > 0 and GROUPS % parts:
+        raise UsageError(f"{where}: accumulation_steps {parts} does not divide the batch's {GROUPS} groups")
+    if parts != 1 and values.get("batch_norm") == "batch":
+        raise UsageError(
+            f"{where}: with accumulation_steps {parts}, batch norm cannot see the whole batch. Say which "
+            "one to use: batch_norm=part (statistics of each part) or batch_norm=frozen (running statistics)"
+        )
     maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
     if "scale_weights" not in overrides and "scale_weights" in values:
         values["scale_weights"] = list(values["scale_weights"])[:maps]

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from mscs.engine import (
     Stopped,
     Trainer,
     TrainFiles,
+    _FiniteGuard,
+    _Progress,
     apply_machine_settings,
     build_objective,
     gradient_norm,
@@ -24,7 +27,7 @@ from mscs.engine import (
     summary,
     train_run,
 )
-from mscs.errors import MscsError
+from mscs.errors import MscsError, UsageError
 from mscs.models import ModelOutput
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
@@ -216,6 +219,109 @@ def test_auxiliary_loss_is_weighted(params):
 def test_summary_averages_the_tail():
     history = [{"step": i, "lr": 0.1, "loss": float(i)} for i in range(10)]
     assert summary(history) == {"loss": 8.5}
+
+
+class Double(Trainer):
+    """In float64, where the order of sums is all that may differ."""
+
+    def _to_device(self, batch):
+        images, labels = super()._to_device(batch)
+        return images.double(), labels
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(params, generated, tmp_path, float64, parts):
+    def ended(parts):
+        options = {"batch_size": 8, "steps": 3, "batch_norm": "frozen", "accumulation_steps": parts}
+        job = trainer(params, generated("cityscapes"), tmp_path / str(parts), **options)
+        job.__class__ = Double
+        return train(job), job.history
+
+    (weights, history), (expected, rows) = ended(parts), ended(1)
+    assert [row.keys() for row in history] == [row.keys() for row in rows]
+    for row, other in zip(history, rows, strict=True):
+        assert row == pytest.approx(other, rel=1e-8)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-8, atol=1e-10)
+    means = [tensor for name, tensor in weights.items() if name.endswith("running_mean")]
+    assert means
+    assert not any(tensor.any() for tensor in means)
+
+
+def test_batch_norm_over_parts_of_a_batch_must_be_asked_for_by_name(params, generated, tmp_path):
+    with pytest.raises(UsageError, match="batch_norm=part"):
+        trainer(params, generated("cityscapes"), tmp_path, accumulation_steps=2)
+    with pytest.raises(UsageError, match="does not divide"):
+        trainer(params, generated("cityscapes"), tmp_path, accumulation_steps=3, batch_norm="part")
+    asked = trainer(
+        params, generated("cityscapes"), tmp_path, steps=2, accumulation_steps=2, batch_norm="part"
+    )
+    weights = train(asked)
+    counted = {int(v) for k, v in weights.items() if k.endswith("num_batches_tracked")}
+    assert counted == {4}  # two parts in each of two steps
+    asked.world = World(0, 4, torch.device("cpu"))
+    with pytest.raises(UsageError, match="a process's 1 groups"):
+        asked._accumulate_gradients(next(asked._batches(0)), None, None, None)
+
+
+def test_a_disk_that_hangs_ends_the_wait(params, generated, tmp_path, monkeypatch):
+    job = trainer(params, generated("cityscapes"), tmp_path)
+    monkeypatch.setattr("mscs.loader.STALLED_SECONDS", 1)
+    monkeypatch.setattr(type(job.dataset), "__getitem__", lambda *_: time.sleep(30))
+    job.workers = 1
+    with pytest.raises(MscsError, match="no batch came from the processes that read images"):
+        train(job)
+
+
+@pytest.mark.parametrize(("run", "allowed"), [(RUN, 1), ("cityscapes-hrnet-hr48-ce-b8-40k", 0)])
+def test_the_loop_waits_for_the_device_at_logging_steps_only(
+    params, generated, tmp_path, monkeypatch, run, allowed
+):
+    """But for one read of how many anchors there are, which gives the loss its shapes."""
+    reads, per_step = [], []
+    advance, make_guard = _Progress.advance, _FiniteGuard.__init__
+
+    def guard_of_a_gpu(guard, *args):
+        make_guard(guard, *args)
+        guard._eager = False
+
+    def end_of_step(progress):
+        per_step.append(len(reads))
+        reads.clear()
+        advance(progress)
+
+    def watched(read):
+        def reading(tensor, *args, **kwargs):
+            reads.append(read)
+            return read(tensor, *args, **kwargs)
+
+        return reading
+
+    job = trainer(params, generated("cityscapes"), tmp_path, run, log_every=6, checkpoint_every=6)
+    monkeypatch.setattr(_FiniteGuard, "__init__", guard_of_a_gpu)
+    monkeypatch.setattr(_Progress, "advance", end_of_step)
+    for name in (
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "__int__",
+        "__float__",
+        "__bool__",
+        "__index__",
+        "nonzero",
+    ):
+        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+    train(job)
+    assert per_step[1:5] == [allowed] * 4  # the first includes what came before the loop
+    assert per_step[5] > allowed
 
 
 @pytest.mark.parametrize("overrides", [{"precision": "bf16"}, {"channels_last": False}])
