@@ -402,7 +402,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="most passes per case (CUDA 50, CPU 5)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time after which no further pass starts")
     parser.add_argument(
-        "--limit", type=float, default=120.0, help="longest expected pass that is run, seconds"
+        "--limit", type=float, default=60.0, help="longest expected pass that is run, seconds"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--tag", help="hardware part of the file names; default from the device")
@@ -432,13 +432,15 @@ def main() -> None:
         "matmul rate": ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in machine.rates.items()),
         "workload": f"{CHANNELS} channels, {CLASSES} classes, temperature 0.1, float32 input",
     }
-    sections = {}
-    for section in options.sections:
-        print(f"-- {section}")
-        sections[section] = runs[section]()
     tag = options.tag or re.sub(r"[^a-z0-9]+", "-", machine.label.lower()).strip("-")
     name = f"loss-{tag}" + ("-quick" if options.quick else "")
-    write({"setting": setting, "sections": sections}, options.out, name)
+    sections: dict[str, list] = {}
+    for section in options.sections:
+        print(f"-- {section}", flush=True)
+        sections[section] = runs[section]()
+        write(
+            {"setting": setting, "sections": sections}, options.out, name
+        )  # what stops later loses the rest
 
 
 if __name__ == "__main__":
