@@ -255,7 +255,7 @@ def _report(runs: list[str]) -> dict[str, Any]:
     deps = [*imports_of("reproduce.report"), "reproduce/report.html.j2"]
     # the tables it shows are files by now: the networks behind Table 3's counts are no business of the report
     deps = [dep for dep in deps if not dep.startswith(("mscs/models", "mscs/datasets"))]
-    deps += ["reproduce/paper.yaml", "reproduce/ledger.yaml", RESOLVED]
+    deps += ["reproduce/paper.yaml", "reproduce/ledger.yaml", "params.yaml", RESOLVED]
     deps += [f"results/{PROFILE}/tables/{table}.{kind}" for table in TABLES for kind in ("json", "csv", "md")]
     figures = f"results/{PROFILE}/figures"
     deps += [f"{figures}/{name}" for name in ("fig1.png", "fig1-scales.png", "fig1.json", "qualitative.json")]

@@ -15,15 +15,23 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mscs.params import Params, load_params
 from mscs.results import read_json, write_text
 from reproduce import ledger
-from reproduce.cells import TABLES, claims, table_block
+from reproduce.cells import TABLES, cells, claims, table_block
+from reproduce.settings_tables import DATASETS, grid, settings_rows, unicode_power
 from reproduce.tables import Results, notes
 
 BLANK = "–"
 VALUES_PER_COLUMN = 4
 COSTS = ["run", "mIoU", "seeds", "steps", "batch", "seconds", "GPU GiB", "finished"]
 CHART = {"width": 320, "height": 150, "left": 30, "right": 6, "top": 8, "bottom": 20}
+MEMORY = ["row of Table 2(a)", "paper", "dense formula", "this package"]
+MEMORY_RULE = (
+    "GB per GPU: peak of a training step on the paper's two crops of 512x1024, under the paper's 24 GB. The "
+    "dense formula is what the paper measured; this package computes the same loss in tiles. The pixels are "
+    "drawn at random."
+)
 NETWORKS = {
     "fig1": "UPerNet with ResNet-101 on Cityscapes val",
     "fig2": "UPerNet with Swin-S on ADE20K val",
@@ -95,6 +103,10 @@ def write_report(profile: str, folder: Path) -> None:
         "summary": summarise(tables, profile),
         "tables": tables,
         "missing": [name for name in TABLES if not any(table.name == _label(name) for table in tables)],
+        "memory_header": MEMORY,
+        "memory_rule": MEMORY_RULE,
+        "memory": memory_view(_read(folder / "memory.json")),
+        "settings": settings_views(load_params()),
         "figures": read_figures(folder / "figures"),
         "charts": [chart for pair in pairs if (chart := draw_losses(folder / "runs", *pair))],
         "chart": CHART,
@@ -151,6 +163,26 @@ def summarise(tables: Sequence[Table], profile: str) -> dict[str, Any]:
         "statuses": statuses.most_common(),
         "comparable": profile != "mini",
     }
+
+
+def memory_view(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the device and the rows of Table 2(a)'s memory, from memory.json; no rows before measuring."""
+    runs = measured.get("runs", {})
+    rows = [
+        [cell.row, str(cell.paper or BLANK), *(str(runs[cell.run][key]) for key in ("dense_gb", "ours_gb"))]
+        for cell in cells("2a")
+        if cell.read == "memory" and cell.run in runs
+    ]
+    return {"device": measured.get("device"), "rows": rows}
+
+
+def settings_views(params: Params) -> list[dict[str, Any]]:
+    """Return title, header and rows of Tables 4 to 7: the paper's training settings, from params.yaml."""
+    views = []
+    for table, (_, dataset) in DATASETS.items():
+        header, *rows = grid(settings_rows(table, params), unicode_power, "×")
+        views.append({"title": f"Table {table}. Settings on {dataset}", "header": header, "rows": rows})
+    return views
 
 
 def read_figures(folder: Path) -> list[Figure]:
@@ -363,8 +395,14 @@ def as_markdown(context: Mapping[str, Any], folder: Path) -> str:
             if name not in context["missing"]
         ),
         *(f"{_label(name)}: not made yet." for name in context["missing"]),
-        "## Figures",
+        "### GPU memory",
+        MEMORY_RULE,
+        _grid(MEMORY, context["memory"]["rows"]) or "Not measured yet: `python -m reproduce memory`.",
+        "## Settings of the paper",
     ]
+    for view in context["settings"]:
+        parts += [f"### {view['title']}", _grid(view["header"], view["rows"])]
+    parts += ["## Figures"]
     for figure in context["figures"]:
         picture = f"![{figure.alt}]({figure.file})" if figure.address else "Not made yet."
         parts += [

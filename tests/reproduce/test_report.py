@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mscs.results import write_csv, write_json, write_text
-from reproduce.cells import TABLES, table_block
+from reproduce.cells import TABLES, cells, table_block
 from reproduce.report import class_table, draw_losses, write_report
 from reproduce.tables import MINI_STAMP, Results
 
@@ -198,3 +198,24 @@ def test_report_of_nothing_says_what_is_missing(tmp_path):
 def test_report_needs_no_torch():
     code = "import reproduce.report, sys; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_settings_of_the_paper_are_in_both_reports(folder):
+    write_report("mini", folder)
+    for name in ("report.html", "report.md"):
+        text = (folder / name).read_text()
+        for title in ("Cityscapes", "ADE20K", "Pascal-Context", "CaDIS"):
+            assert f"Settings on {title}" in text
+        assert "6×10⁻⁵" in text  # Swin's learning rate in Table 5, from params.yaml
+
+
+def test_memory_is_shown_beside_the_paper_once_measured(folder):
+    write_report("mini", folder)
+    assert "Not measured yet" in (folder / "report.html").read_text()
+    runs = {cell.run: {"dense_gb": "OOM", "ours_gb": 7.25} for cell in cells("2a") if cell.read == "memory"}
+    write_json(folder / "memory.json", {"device": "Some GPU", "cap_gb": 24.0, "runs": runs})
+    write_report("mini", folder)
+    page = (folder / "report.html").read_text()
+    assert page.count("<td>7.25</td>") == len(runs)
+    assert "Measured on Some GPU" in page
+    assert (folder / "report.md").read_text().count("| OOM | 7.25 |") == len(runs)
