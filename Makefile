@@ -7,9 +7,11 @@ BIN := $(VENV)/bin
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 BASE_IMAGE ?= nvidia/cuda:13.0.2-base-ubuntu24.04
 READY := $(VENV)/.ready
+# tools that look at the environment from outside, so that they are no part of it
+SUPPLY := $(VENV)/supply
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all check image docker-test lock clean
+.PHONY: help setup reproduce test test-all check image docker-test lock sbom audit clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,11 +46,27 @@ image: ## build the container images from this commit and lock
 docker-test: $(READY) ## build the images (BASE_IMAGE=... names their base) and test them in real containers
 	MSCS_BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest tests/docker
 
-lock: ## pin every package anew from pyproject.toml
+lock: ## pin every package anew from pyproject.toml, then list and audit them
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet uv; }
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
 	  --no-emit-index-url --no-emit-find-links --no-annotate --upgrade \
 	  pyproject.toml --output-file requirements.lock
+	$(MAKE) sbom
+	-$(MAKE) audit
+
+$(SUPPLY):
+	$(PYTHON) -m venv $(SUPPLY)
+	$(SUPPLY)/bin/python -m pip install --quiet cyclonedx-bom pip-audit
+
+sbom: $(READY) $(SUPPLY) ## list the installed packages in sbom.cdx.json (CycloneDX)
+	$(SUPPLY)/bin/cyclonedx-py environment --output-reproducible --short-PURLs --of JSON \
+	  --output-file sbom.part $(BIN)/python
+	sed 's#file://$(CURDIR)#.#' sbom.part > sbom.cdx.json
+	rm sbom.part
+
+audit: $(SUPPLY) ## look the pinned packages up in the database of known vulnerabilities
+	@$(SUPPLY)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock || \
+	  { echo "make audit: the lines above name vulnerable packages, or say that the database gave no answer" >&2; exit 1; }
 
 clean: ## remove generated data, checkpoints and caches; results and .venv stay
 	rm -rf work .dvc/tmp .dvc/cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

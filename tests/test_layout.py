@@ -1,6 +1,8 @@
 """The rooms and the order of imports: a module may import from lower layers of its package, never upwards."""
 
 import ast
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,18 @@ def test_losses_models_and_metrics_know_no_configuration(path):
 
 def test_there_is_no_catch_all():
     assert not list(Path("mscs").rglob("utils*")) + list(Path("reproduce").rglob("utils*"))
+
+
+def test_the_bill_of_materials_lists_the_pinned_packages():
+    """`make sbom` was run after the last `make lock`; packages of other systems than Linux may be absent."""
+    pinned, needed = {}, set()
+    pattern = r"^([\w.-]+)==([^\s;]+)( ;.*)?"
+    for name, version, marker in re.findall(pattern, Path("requirements.lock").read_text(), re.MULTILINE):
+        pinned[name] = version
+        needed |= set() if marker else {name}
+    components = json.loads(Path("sbom.cdx.json").read_text())["components"]
+    listed = {re.sub(r"[-_.]+", "-", item["name"]).lower(): item["version"] for item in components}
+    del listed["mscs"]
+    assert len(pinned) > 100
+    assert listed.items() - pinned.items() <= {("pip", listed.get("pip"))}
+    assert needed <= listed.keys()
