@@ -17,21 +17,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mscs.params import Params, load_params
 from mscs.results import read_json, write_text
-from reproduce import ledger
+from reproduce import ledger, settings_tables
 from reproduce.cells import TABLES, cells, claims, table_block
-from reproduce.settings_tables import DATASETS, grid, settings_rows, unicode_power
 from reproduce.tables import Results, notes
 
 BLANK = "–"
 VALUES_PER_COLUMN = 4
 COSTS = ["run", "mIoU", "seeds", "steps", "batch", "seconds", "GPU GiB", "finished"]
 CHART = {"width": 320, "height": 150, "left": 30, "right": 6, "top": 8, "bottom": 20}
-MEMORY = ["row of Table 2(a)", "paper", "dense formula", "this package"]
+MEMORY = ["row of Table 2(a)", "paper (GB)", "dense formula (GiB)", "this package (GiB)"]
 MEMORY_RULE = (
-    "GB per GPU: peak of a training step on the paper's two crops of 512x1024, under the paper's 24 GB. The "
-    "dense formula is what the paper measured; this package computes the same loss in tiles. The pixels are "
-    "drawn at random."
+    "Peak of PyTorch's allocator in training steps on one GPU's two crops of 512x1024, pixels and labels "
+    "drawn at random. The dense formula holds every pairwise similarity; this package computes the same loss "
+    "in tiles. The paper does not say how it measured."
 )
+MEMORY_MISSING = "Not measured yet: `python -m reproduce memory` on a CUDA GPU, then this report again."
 NETWORKS = {
     "fig1": "UPerNet with ResNet-101 on Cityscapes val",
     "fig2": "UPerNet with Swin-S on ADE20K val",
@@ -92,6 +92,7 @@ class Chart:
 
 def write_report(profile: str, folder: Path) -> None:
     """Write report.html and report.md into `folder`, the profile's results folder, from what lies there."""
+    params = load_params()
     results = Results(profile, folder.parent)
     runs = sorted(path.name for path in (folder / "runs").glob("*") if path.is_dir())
     pairs = [(run, _partner(run)) for run in runs if _partner(run) in runs and _partner(run) != run]
@@ -105,8 +106,10 @@ def write_report(profile: str, folder: Path) -> None:
         "missing": [name for name in TABLES if not any(table.name == _label(name) for table in tables)],
         "memory_header": MEMORY,
         "memory_rule": MEMORY_RULE,
+        "memory_missing": MEMORY_MISSING,
         "memory": memory_view(_read(folder / "memory.json")),
-        "settings": settings_views(load_params()),
+        "settings_stamp": settings_tables.stamp(params),
+        "settings": settings_views(params),
         "figures": read_figures(folder / "figures"),
         "charts": [chart for pair in pairs if (chart := draw_losses(folder / "runs", *pair))],
         "chart": CHART,
@@ -166,22 +169,24 @@ def summarise(tables: Sequence[Table], profile: str) -> dict[str, Any]:
 
 
 def memory_view(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the device and the rows of Table 2(a)'s memory, from memory.json; no rows before measuring."""
+    """Return where Table 2(a)'s memory was measured, and its rows; nothing before memory.json is there."""
     runs = measured.get("runs", {})
     rows = [
         [cell.row, str(cell.paper or BLANK), *(str(runs[cell.run][key]) for key in ("dense_gb", "ours_gb"))]
         for cell in cells("2a")
         if cell.read == "memory" and cell.run in runs
     ]
-    return {"device": measured.get("device"), "rows": rows}
+    where = f"Measured on {measured['device']}, limited to {measured['cap_gb']:g} GiB." if rows else ""
+    return {"where": where, "rows": rows}
 
 
 def settings_views(params: Params) -> list[dict[str, Any]]:
     """Return title, header and rows of Tables 4 to 7: the paper's training settings, from params.yaml."""
     views = []
-    for table, (_, dataset) in DATASETS.items():
-        header, *rows = grid(settings_rows(table, params), unicode_power, "×")
-        views.append({"title": f"Table {table}. Settings on {dataset}", "header": header, "rows": rows})
+    for table in settings_tables.DATASETS:
+        settings = settings_tables.settings_rows(table, params)
+        header, *rows = settings_tables.grid(settings, settings_tables.unicode_power, "×")
+        views.append({"title": settings_tables.title(table), "header": header, "rows": rows})
     return views
 
 
@@ -397,8 +402,10 @@ def as_markdown(context: Mapping[str, Any], folder: Path) -> str:
         *(f"{_label(name)}: not made yet." for name in context["missing"]),
         "### GPU memory",
         MEMORY_RULE,
-        _grid(MEMORY, context["memory"]["rows"]) or "Not measured yet: `python -m reproduce memory`.",
-        "## Settings of the paper",
+        _grid(MEMORY, context["memory"]["rows"]) or MEMORY_MISSING,
+        context["memory"]["where"],
+        "## Settings (Tables 4 to 7)",
+        f"*{context['settings_stamp']}*",
     ]
     for view in context["settings"]:
         parts += [f"### {view['title']}", _grid(view["header"], view["rows"])]

@@ -39,6 +39,16 @@ def settings_rows(table: str, params: Params, path: str | Path = "params.yaml") 
     return [params.resolve(f"{name}-ce", "paper").settings for name in schedules if name.startswith(prefix)]
 
 
+def title(table: str) -> str:
+    """Return a table's heading."""
+    return f"Table {table}. Training settings on {DATASETS[table][1]}"
+
+
+def stamp(params: Params) -> str:
+    """Return what every table of settings says of itself."""
+    return f"settings of profile paper, recipe {params.recipe}"
+
+
 def plain(value: float) -> str:
     """Return 6e-5 for 0.00006 and - for 0."""
     digits, _, exponent = f"{value:e}".partition("e")
@@ -82,9 +92,8 @@ def _row(settings: Settings, number: Number, times: str) -> list[str]:
 def write_settings_table(table: str, params: Params, results: Results) -> None:
     """Write one of Tables 4 to 7 as Markdown, CSV and LaTeX into results/<profile>/tables."""
     rows = settings_rows(table, params)
-    title = f"Table {table}. Training settings on {DATASETS[table][1]}"
-    stamp = f"settings of profile paper, recipe {params.recipe}"
+    heading, origin = title(table), stamp(params)
     folder = results.root / "tables"
     write_text(folder / f"{table}.csv", as_csv(grid(rows)))
-    write_text(folder / f"{table}.md", as_markdown(title, grid(rows, unicode_power, "×"), [], [], stamp))
-    write_text(folder / f"{table}.tex", as_latex(title, grid(rows, latex_power, r"$\times$"), stamp))
+    write_text(folder / f"{table}.md", as_markdown(heading, grid(rows, unicode_power, "×"), [], [], origin))
+    write_text(folder / f"{table}.tex", as_latex(heading, grid(rows, latex_power, r"$\times$"), origin))

@@ -2,6 +2,7 @@ import base64
 import re
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from mscs.results import write_csv, write_json, write_text
 from reproduce.cells import TABLES, cells, table_block
-from reproduce.report import class_table, draw_losses, write_report
+from reproduce.report import BLANK, class_table, draw_losses, write_report
+from reproduce.settings_tables import DATASETS, grid, settings_rows, stamp, title, unicode_power
 from reproduce.tables import MINI_STAMP, Results
 
 PAIR = ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours")
@@ -200,22 +202,41 @@ def test_report_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_settings_of_the_paper_are_in_both_reports(folder):
-    write_report("mini", folder)
-    for name in ("report.html", "report.md"):
-        text = (folder / name).read_text()
-        for title in ("Cityscapes", "ADE20K", "Pascal-Context", "CaDIS"):
-            assert f"Settings on {title}" in text
-        assert "6×10⁻⁵" in text  # Swin's learning rate in Table 5, from params.yaml
+def test_every_row_of_the_settings_is_in_both_reports(folder, html, params):
+    markdown = (folder / "report.md").read_text()
+    assert stamp(params) in html
+    assert f"*{stamp(params)}*" in markdown
+    for table in DATASETS:
+        assert f"<summary>{title(table)}</summary>" in html
+        assert f"### {title(table)}" in markdown
+        for row in grid(settings_rows(table, params), unicode_power, "×")[1:]:
+            assert "| " + " | ".join(row) + " |" in markdown
+            heads, values = (f'<th scope="row">{text}</th>' for text in row[:2]), row[2:]
+            assert "".join([*heads, *(f"<td>{text}</td>" for text in values)]) in html
 
 
-def test_memory_is_shown_beside_the_paper_once_measured(folder):
-    write_report("mini", folder)
-    assert "Not measured yet" in (folder / "report.html").read_text()
-    runs = {cell.run: {"dense_gb": "OOM", "ours_gb": 7.25} for cell in cells("2a") if cell.read == "memory"}
+def test_before_measuring_both_reports_say_how_to_get_the_memory(folder, html):
+    for text in (html, (folder / "report.md").read_text().replace("`", "")):
+        assert "Not measured yet: python -m reproduce memory on a CUDA GPU" in text
+
+
+def test_memory_of_each_row_stands_beside_the_dense_formulas_and_the_papers(folder):
+    measured = [cell for cell in cells("2a") if cell.read == "memory"]
+    assert len(measured) == 5
+    assert "stride 8" in measured[1].row
+    runs = {
+        cell.run: {"dense_gb": 20.5 + i if i else "OOM", "ours_gb": 5.25 + i}
+        for i, cell in enumerate(measured)
+    }
     write_json(folder / "memory.json", {"device": "Some GPU", "cap_gb": 24.0, "runs": runs})
     write_report("mini", folder)
-    page = (folder / "report.html").read_text()
-    assert page.count("<td>7.25</td>") == len(runs)
-    assert "Measured on Some GPU" in page
-    assert (folder / "report.md").read_text().count("| OOM | 7.25 |") == len(runs)
+    html, markdown = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    Page(html)
+    for text in (html, markdown):
+        assert "Measured on Some GPU, limited to 24 GiB." in text
+        assert "Not measured yet" not in text
+    for i, cell in enumerate(measured):
+        values = [str(cell.paper or BLANK), str(20.5 + i) if i else "OOM", str(5.25 + i)]
+        assert f"| {cell.row} | " + " | ".join(values) + " |" in markdown
+        row = f'<th scope="row">{escape(cell.row)}</th>' + "".join(f"<td>{text}</td>" for text in values)
+        assert row in html
