@@ -52,7 +52,7 @@ lock: ## pin every package anew from pyproject.toml, then list and audit them
 	  --no-emit-index-url --no-emit-find-links --no-annotate --upgrade \
 	  pyproject.toml --output-file requirements.lock
 	$(MAKE) sbom
-	-$(MAKE) audit
+	$(MAKE) audit
 
 $(SUPPLY):
 	$(PYTHON) -m venv $(SUPPLY)
@@ -65,8 +65,11 @@ sbom: $(READY) $(SUPPLY) ## list the installed packages in sbom.cdx.json (Cyclon
 	rm sbom.part
 
 audit: $(SUPPLY) ## look the pinned packages up in the database of known vulnerabilities
-	@$(SUPPLY)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock || \
-	  { echo "make audit: the lines above name vulnerable packages, or say that the database gave no answer" >&2; exit 1; }
+	@rm -f $(SUPPLY)/audit.txt
+	@$(SUPPLY)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock \
+	  --output $(SUPPLY)/audit.txt 2> $(SUPPLY)/audit.log \
+	|| if test -s $(SUPPLY)/audit.txt; then cat $(SUPPLY)/audit.txt; exit 1; \
+	else echo "make audit: not audited, the database gave no answer ($(SUPPLY)/audit.log)" >&2; fi
 
 clean: ## remove generated data, checkpoints and caches; results and .venv stay
 	rm -rf work .dvc/tmp .dvc/cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
