@@ -438,9 +438,8 @@ def main() -> None:
     for section in options.sections:
         print(f"-- {section}", flush=True)
         sections[section] = runs[section]()
-        write(
-            {"setting": setting, "sections": sections}, options.out, name
-        )  # what stops later loses the rest
+        # after each section: an interruption loses only the one it hits
+        write({"setting": setting, "sections": sections}, options.out, name)
 
 
 if __name__ == "__main__":

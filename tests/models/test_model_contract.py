@@ -128,7 +128,7 @@ def test_bfloat16_autocast_trains_and_stays_close(case):
         rounded = model(images)
     pairs = zip(tensors(rounded), tensors(exact), strict=True)
     errors = torch.stack([(a.float() - b).norm() / b.norm() for a, b in pairs])
-    # single outputs differ with the CPU's bfloat16 instructions (seen: up to 0.17), their mean hardly
+    # single outputs differ with CPU and image size (seen: 0.125 here, 0.17 at 96x96), their mean hardly
     assert errors.mean() < 0.1
     assert errors.max() < 0.3
     scalar(rounded).backward()
