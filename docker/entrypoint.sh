@@ -7,7 +7,7 @@ if [ "$(id -u)" = 0 ]; then
   uid=${HOST_UID:-$(stat -c %u .)}
   gid=${HOST_GID:-$(stat -c %g .)}
   # the engine makes missing mounts itself, as root
-  for folder in work results .dvc/cache /weights; do
+  for folder in work results .dvc/cache .dvc/tmp /weights; do
     if [ -d "$folder" ] && [ "$(stat -c %u "$folder")" = 0 ]; then chown "$uid:$gid" "$folder"; fi
   done
   if [ "$uid" != 0 ]; then

@@ -193,7 +193,7 @@ def _train(args: argparse.Namespace) -> int:
         processes = _gpu_count(args.device)
     _require_pretrained(settings, args.set)
     root = args.data_root or data_root(settings)
-    _require_data(settings, root, args)
+    require_data(_without_overrides(settings, args), root)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         return _launch(processes, args.argv)
 
@@ -238,7 +238,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.ms and "ms" not in settings.evaluation:
         settings = dataclasses.replace(settings, evaluation=(*settings.evaluation, "ms"))
     root = args.data_root or data_root(settings)
-    _require_data(settings, root, args)
+    require_data(_without_overrides(settings, args), root)
 
     from mscs.distributed import join_world
     from mscs.engine import TrainFiles
@@ -333,7 +333,7 @@ def _launch(processes: int, argv: list[str]) -> int:
     return 128 + received[0] if received else code
 
 
-def _require_data(settings: Settings, root: Path, args: argparse.Namespace) -> None:
+def require_data(settings: Settings, root: Path) -> None:
     """Draw a generated dataset that is not there yet; ask for a real one."""
     if root.is_dir():
         return
@@ -342,8 +342,6 @@ def _require_data(settings: Settings, root: Path, args: argparse.Namespace) -> N
         raise UsageError(f"no dataset in {root}; make or fetch it with {profile} or `mscs data --help`")
     from mscs.datasets.synth import write_dataset
 
-    if not args.settings:  # other runs share the data: what --set says of it does not count
-        settings = load_params(args.params).resolve(settings.run, settings.profile).settings
     if settings.train_images is None or settings.val_images is None:
         raise UsageError("generated data needs train_images and val_images")
     write_dataset(
@@ -353,6 +351,13 @@ def _require_data(settings: Settings, root: Path, args: argparse.Namespace) -> N
         val=settings.val_images,
         image_size=settings.image_size,
     )
+
+
+def _without_overrides(settings: Settings, args: argparse.Namespace) -> Settings:
+    """Return a run's settings as they stand in the files: other runs share its data."""
+    if not args.set:
+        return settings
+    return load_params(args.params).resolve(settings.run, settings.profile).settings
 
 
 def _manifest_digest(path: Path) -> str | None:

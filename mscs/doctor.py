@@ -178,8 +178,7 @@ def check_docker(profile: str) -> Iterator[Finding]:
         yield Finding("docker", lacking, f"no engine: {first}", f"start Docker and join its group, {instead}")
         return
     yield Finding("docker", "ok", f"engine {info['ServerVersion']}")
-    devices = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or ()]
-    if "nvidia" in info.get("Runtimes", {}) or any("nvidia.com/gpu" in device for device in devices):
+    if has_gpu_runtime(info):
         yield Finding("docker gpu", "ok", "NVIDIA runtime")
     else:
         remedy = (
@@ -196,6 +195,12 @@ def check_docker(profile: str) -> Iterator[Finding]:
     fits = image.labels.get("mscs.lock") == lock
     remedy = "" if fits else f"it was not built from this {LOCK}: `make image` builds it anew"
     yield Finding("image", "ok" if fits else "warning", f"{name} {image.short_id}", remedy)
+
+
+def has_gpu_runtime(info: dict[str, Any]) -> bool:
+    """Return whether an engine with this `docker info` can give NVIDIA GPUs to containers."""
+    discovered = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or ()]
+    return "nvidia" in info.get("Runtimes", {}) or any("nvidia.com/gpu" in name for name in discovered)
 
 
 def check_compose(_profile: str) -> Iterator[Finding]:

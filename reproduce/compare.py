@@ -9,8 +9,8 @@ import io
 import json
 import math
 import subprocess
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,9 +88,8 @@ def open_revision(name: str) -> Iterator[Revision]:
     wanted = [path for path in listed.split("\0") if path.endswith(".json")]
     with tempfile.TemporaryDirectory(prefix="mscs-compare-") as folder:
         if wanted:
-            archive = _git("archive", commit, "--", *wanted).stdout
-            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-                tar.extractall(folder, filter="data")
+            archive = _git("archive", "--format=zip", commit, "--", *wanted).stdout
+            zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
         yield Revision(name, commit, Path(folder) / RESULTS)
 
 

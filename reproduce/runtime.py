@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mscs.doctor import has_gpu_runtime
 from mscs.errors import MscsError, UsageError, unknown_name
 from mscs.provenance import git_state
 
@@ -85,12 +86,6 @@ def find_image(client: Any) -> Any:
         return client.images.get(name)
     except docker.errors.ImageNotFound:
         raise MscsError(f"there is no image {name}; `make image` builds it{INSTEAD}") from None
-
-
-def has_gpu_runtime(info: dict[str, Any]) -> bool:
-    """Return whether an engine with this `docker info` can give NVIDIA GPUs to containers."""
-    discovered = [str(device.get("ID", "")) for device in info.get("DiscoveredDevices") or ()]
-    return "nvidia" in info.get("Runtimes", {}) or any("nvidia.com/gpu" in name for name in discovered)
 
 
 def container_options(verb: str, profile: str, name: str | None, root: Path, image: str) -> dict[str, Any]:

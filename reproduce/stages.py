@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mscs.cli import RESULTS, WORK, data_root, main, read_resolved, resolve_all, run_command
+from mscs.cli import RESULTS, WORK, data_root, main, read_resolved, require_data, resolve_all, run_command
 from mscs.datasets.commands import default_root
-from mscs.errors import MscsError, UsageError
-from mscs.params import Settings, load_params
+from mscs.errors import MscsError
+from mscs.params import load_params
 from mscs.results import read_json, write_json
 from reproduce.pipeline import FIGURE_RUNS, TSNE_RUNS
 from reproduce.runtime import run_in_container, wants_container
@@ -27,12 +27,19 @@ def resolve(profile: str) -> None:
 
 def data(profile: str, dataset: str) -> None:
     """Make (mini) or check (paper) one dataset and write its manifest."""
+    from mscs.datasets.synth import write_dataset
     from mscs.datasets.verify import manifest
 
     settings = read_json(_resolved(profile))[dataset]
     if settings["data_source"] == "generated":
         root = WORK / profile / "data" / dataset
-        _draw(dataset, root, settings)
+        write_dataset(
+            dataset,
+            root,
+            train=settings["train_images"],
+            val=settings["val_images"],
+            image_size=tuple(settings["image_size"]),
+        )
     else:
         root = default_root(dataset)
     facts = manifest(dataset, root, settings["task"])
@@ -44,13 +51,11 @@ def data(profile: str, dataset: str) -> None:
 
 def train(profile: str, run: str) -> int:
     """Train one run, or go on with it."""
-    _ready(profile, run)
     return main(["train", run, "--settings", str(_resolved(profile)), *_fresh()])
 
 
 def evaluate(profile: str, run: str) -> int:
     """Score one run."""
-    _ready(profile, run)
     return main(["evaluate", run, "--settings", str(_resolved(profile))])
 
 
@@ -103,18 +108,6 @@ def _fresh() -> list[str]:
     return ["--fresh"] if os.environ.get("MSCS_FRESH") else []
 
 
-def _draw(dataset: str, root: Path, settings: dict[str, Any]) -> None:
-    from mscs.datasets.synth import write_dataset
-
-    write_dataset(
-        dataset,
-        root,
-        train=settings["train_images"],
-        val=settings["val_images"],
-        image_size=tuple(settings["image_size"]),
-    )
-
-
 def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
     from mscs.datasets import build_dataset
     from reproduce.baselines import colour_miou
@@ -122,23 +115,14 @@ def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
     return colour_miou(*(build_dataset(dataset, split, root, task) for split in ("train", "val")))
 
 
-def _ready(profile: str, run: str) -> Settings:
-    """Return a run's settings after making sure that the data which its manifest describes is there."""
-    settings = read_resolved(_resolved(profile), run)
-    root = data_root(settings)
-    if not root.is_dir() and settings.data_source == "generated":
-        _draw(settings.dataset, root, read_json(_resolved(profile))[settings.dataset])
-    if not root.is_dir():
-        raise UsageError(f"no dataset in {root}; `mscs data fetch {settings.dataset}` gets it")
-    return settings
-
-
 def _trained(profile: str, run: str) -> Any:
     from reproduce.trained import TrainedRun
 
-    settings = _ready(profile, run)
+    settings = read_resolved(_resolved(profile), run)
+    root = data_root(settings)
+    require_data(settings, root)
     weights = WORK / profile / "runs" / run / "weights" / f"seed-{settings.seeds[0]}.safetensors"
-    return TrainedRun(settings, weights, data_root(settings), run)
+    return TrainedRun(settings, weights, root, run)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -66,23 +66,31 @@ def images(engine):
 def project(images, tmp_path_factory):
     """Copy the project, smaller still, into a folder that belongs to someone else than root."""
     folder = tmp_path_factory.mktemp("containers") / "project"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("results/", "docs/")) and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    copy_tracked(folder, left_out=("results/", "docs/", "dvc.lock"))
     rest, mini = (folder / "params.yaml").read_text().split("\n  mini:", 1)
     for key, value in SMALLER.items():
         mini, changes = re.subn(rf"( {key}:) \S+", rf"\1 {value}", mini)
         assert changes == 1, key
     (folder / "params.yaml").write_text(f"{rest}\n  mini:{mini}")
+    commit_all(folder)
+    return folder
+
+
+def copy_tracked(folder, left_out=()):
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(left_out):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def commit_all(folder):
     git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", "-c", "safe.directory=*"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "copy"], check=True)
     if ROOT_USER:
         give_to(folder, OWNER)
-    return folder
 
 
 def give_to(folder, owner):
@@ -193,6 +201,25 @@ def test_services_see_no_network_and_cannot_change_the_source(project):
         script = f"touch {target} && rm {target}"
         done = compose(project, "--entrypoint", "mscs-entrypoint", service, "sh", "-c", script, check=False)
         assert done.returncode == code, done.stderr
+
+
+def test_the_package_answers_from_any_folder(project):
+    done = compose(
+        project, "--workdir", "/tmp", "--entrypoint", "mscs-entrypoint", "train", "mscs", "--version"
+    )
+    assert done.stdout.startswith("mscs 0.")
+
+
+def test_dvclive_logs_beside_a_read_only_project(project):
+    compose(project, "train", RUN, "--log", "dvclive", "--set", "steps=4")
+    assert list(project.glob(f"work/mini/runs/{RUN}+*/logs/dvclive/seed-0/metrics.json"))
+    assert not foreign(project)
+
+
+def test_the_suite_passes_in_the_image(images, tmp_path):
+    copy_tracked(tmp_path)
+    commit_all(tmp_path)
+    compose(tmp_path, "test")
 
 
 def test_two_processes_train_without_a_network(project):
