@@ -27,7 +27,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = {"precision": "fp32", "tf32": False, "channels_last": False, "compile": False}
+PLAIN = {
+    "precision": "fp32",
+    "tf32": False,
+    "channels_last": False,
+    "compile": False,
+    "deterministic": False,
+}
 VARIANTS = {
     "fp32 plain": PLAIN,
     "fp32 channels-last": PLAIN | {"channels_last": True},
@@ -42,22 +48,27 @@ WARM_UP = 2
 
 
 def jobs(arguments):
-    """Yield one job per row and variant; a row is measured on a run with the full loss where it has one."""
+    """Yield one job per row and variant; a row is measured on a run with the full loss where it has one.
+
+    With --runs, one per network, loss and images per group of those runs.
+    """
     from mscs.params import load_params
 
     params = load_params(ROOT / "params.yaml")
     seen = set()
     runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss != "ours")
-    for run in runs:
+    for run in arguments.runs or runs:
         settings = params.resolve(run, arguments.profile).settings
-        if settings.schedule in seen or not any(part in settings.schedule for part in arguments.rows):
+        kind = (settings.schedule, *((settings.loss, settings.images_per_group) if arguments.runs else ()))
+        if kind in seen or not any(part in settings.schedule for part in arguments.rows):
             continue
-        seen.add(settings.schedule)
+        seen.add(kind)
         own = {key: getattr(settings, key) for key in PLAIN}
         for name in arguments.variants:
             options = own if name == "settings" else VARIANTS[name]
             yield {
                 "row": settings.schedule,
+                "loss": settings.loss,
                 "run": run,
                 "profile": arguments.profile or params.profile,
                 "variant": name,
@@ -74,7 +85,7 @@ def settings_of(job):
     from mscs.params import load_params
 
     settings = load_params(ROOT / "params.yaml").resolve(job["run"], job["profile"]).settings
-    settings = replace(settings, **{"deterministic": False} | job["options"], pretrained=False)
+    settings = replace(settings, **job["options"], pretrained=False)
     settings = replace(settings, batch_size=settings.images_per_group, skip_wrong_labels=False)
     if job["quick"]:
         height, width = (max(64, side // 8 // 32 * 32) for side in settings.crop_size)
@@ -149,7 +160,7 @@ class Step:
     def __init__(self, settings, dataset, batch, device):
         import torch
 
-        from mscs.engine import build_network, build_objective
+        from mscs.engine import AUTOCAST, build_network, build_objective
         from mscs.optim import build_optimizer
 
         self.settings, self.device = settings, device
@@ -167,13 +178,22 @@ class Step:
         self.network = torch.compile(model.train()) if settings.compile else model.train()
         self.objective = build_objective(settings, dataset, device)
         self.contrastive = self.objective.contrastive
-        dtype = torch.bfloat16 if settings.precision == "bf16" else None
+        dtype = AUTOCAST[settings.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
         self.autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
     def loss(self, output):
         from mscs.seeding import torch_generator
 
         return self.objective(output, self.labels, [torch_generator(0, "anchors")])[0]
+
+    def update(self):
+        from mscs.engine import gradient_norm
+
+        self.scaler.unscale_(self.optimizer)
+        gradient_norm(self.network)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def wait(self):
         import torch
@@ -191,8 +211,8 @@ class Step:
             with self.autocast():
                 total = self.loss(self.network(self.images))
             self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            self.optimizer.step()
+            self.scaler.scale(total).backward()
+            self.update()
             seconds.append(self.wait() - begun)
         self.objective.contrastive = self.contrastive
         return statistics.median(seconds[WARM_UP:])
@@ -212,9 +232,9 @@ class Step:
                 total = self.loss(output)
             marks.append(self.wait())
             self.optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            self.scaler.scale(total).backward()
             marks.append(self.wait())
-            self.optimizer.step()
+            self.update()
             marks.append(self.wait())
             forward, entropy, both, backward, optimiser = (b - a for a, b in itertools.pairwise(marks))
             seconds.append((forward, entropy, max(0.0, both - entropy), backward, optimiser))
@@ -236,19 +256,20 @@ def run_job(job, repeats):
 
 def table(results):
     lines = [
-        "| Row | Options | Images x crop | Step (ms) | Images/s | Peak (GiB) | Contrastive share | "
+        "| Row | Loss | Options | Images x crop | Step (ms) | Images/s | Peak (GiB) | Contrastive share | "
         + " | ".join(name.replace("_", "-") for name in PARTS)
         + " |",
-        "|---" * (7 + len(PARTS)) + "|",
+        "|---" * (8 + len(PARTS)) + "|",
     ]
     for r in results:
+        start = f"| {r['row']} | {r['loss']} | {r['variant']}"
         if "failed" in r:
-            lines.append(f"| {r['row']} | {r['variant']} | {r['batch']} | {r['failed']}" + " |" * 10)
+            lines.append(f"{start} | {r['batch']} | {r['failed']}" + " |" * 10)
             continue
         parts = " | ".join(f"{r['parts_ms'][name]:.1f}" for name in PARTS)
         size = f"{r['batch']} x {r['crop'][0]}x{r['crop'][1]}"
         lines.append(
-            f"| {r['row']} | {r['variant']} | {size} | {r['step_ms']:.1f} | {r['images_per_s']:.1f} "
+            f"{start} | {size} | {r['step_ms']:.1f} | {r['images_per_s']:.1f} "
             f"| {r['peak_bytes'] / 2**30:.2f} | {r['contrastive_share']:.1%} | {parts} |"
         )
     return "\n".join(lines) + "\n"
@@ -273,6 +294,9 @@ def parse():
     parser.add_argument("--profile", default="paper", help="mini or paper (default: paper)")
     parser.add_argument("--quick", action="store_true", help="an eighth of each side, two repeats")
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN", help="these runs instead of one a row"
+    )
     parser.add_argument(
         "--variants",
         nargs="+",

@@ -38,16 +38,22 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Write the state after `step` steps, then drop all but the newest `KEPT` checkpoints."""
+    """Write the state after `step` steps, then drop all but the newest `KEPT` checkpoints.
+
+    Later ones are dropped too: that training went on from here says that they are damaged.
+    """
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary:
         with _full_disk(path):
             torch.save(dict(state), temporary)
         digest = file_digest(temporary)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
-    for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
-        old.unlink()
-        old.with_suffix(".json").unlink(missing_ok=True)
+    found = sorted(folder.glob("step-*.pt"))
+    kept = [old for old in found if old <= path][-KEPT:]
+    for old in found:
+        if old not in kept:
+            old.unlink()
+            old.with_suffix(".json").unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -66,14 +72,19 @@ def load_checkpoint(
         except Exception as error:
             warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before", stacklevel=2)
             continue
-        differing = [key for key in settings if settings[key] != info["settings"].get(key)]
-        if differing:
-            changes = ", ".join(f"{k}: {info['settings'].get(k)!r} -> {settings[k]!r}" for k in differing)
+        changes = differences(info["settings"], settings)
+        if changes:
             raise UsageError(
                 f"{path} was written under other settings ({changes}); use --fresh to start again"
             )
         return info["step"], state
     return None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return which of the settings `now` were others `before`, as "key: value -> value, ..."."""
+    changed = [key for key in now if now[key] != before.get(key)]
+    return ", ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in changed)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, str]) -> None:
@@ -100,7 +111,7 @@ def read_header(path: str | Path) -> dict[str, str]:
             return json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except FileNotFoundError:
         raise UsageError(f"weights {path} do not exist; train the run first") from None
-    except SafetensorError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise MscsError(f"weights {path} cannot be read: {error}") from None
 
 
@@ -110,6 +121,8 @@ def _full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        if "DataLoader worker" in str(error):
+            raise  # PyTorch reports a lost worker wherever the main thread is
         reason = str(error).splitlines()[0]
         raise MscsError(
             f"cannot write {path} ({reason}); make room there. What was there before is untouched; "

@@ -1,6 +1,7 @@
 """The `mscs` command: one subcommand per thing a person does with one run or one dataset."""
 
 import argparse
+import hashlib
 import json
 import os
 import signal
@@ -8,14 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mscs
 from mscs.errors import MscsError, UsageError
 from mscs.params import Params, Settings, from_plain, load_params, parse_overrides, to_plain
 
+if TYPE_CHECKING:
+    from mscs.engine import TrainFiles
+
 WORK = Path("work")
 RESULTS = Path("results")
+PROCESSES = (1, 2, 4)  # four groups of images are shared among them
+SAVING_SECONDS = 110
+"""How long processes that were asked to stop may take; Docker and schedulers are told to wait two minutes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +46,8 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"{parser.prog}: error: {error.strerror}: {error.filename}", file=sys.stderr)
+        said = f"{error.strerror}: {error.filename}" if error.strerror else error
+        print(f"{parser.prog}: error: {said}", file=sys.stderr)
         return 1
 
 
@@ -63,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)"
     )
     train.add_argument("--processes", type=int, help="training processes: 1, 2 or 4 (default: one per GPU)")
+    train.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start the training processes again, up to N times, when one is lost (default: 0)",
+    )
     train.add_argument("--fresh", action="store_true", help="start from step 0 even if there is a checkpoint")
     train.add_argument(
         "--log",
@@ -163,12 +178,16 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def read_resolved(path: Path, run: str) -> Settings:
     """Return one run's settings from a resolved.json."""
-    from mscs.results import read_json
-
-    document = read_json(path)
-    if run not in document:
-        raise UsageError(f"{path} has no run {run!r}; make it anew with `python -m reproduce resolve`")
-    return from_plain({key: value for phase in document[run].values() for key, value in phase.items()})
+    remedy = "make it anew with `python -m reproduce resolve`"
+    try:
+        phases = json.loads(path.read_text())[run].values()
+        return from_plain({key: value for phase in phases for key, value in phase.items()})
+    except KeyError:
+        raise UsageError(f"{path} has no run {run!r}; {remedy}") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} holds no resolved settings ({error}); {remedy}") from None
 
 
 def data_root(settings: Settings) -> Path:
@@ -180,33 +199,37 @@ def data_root(settings: Settings) -> Path:
     return default_root(settings.dataset)
 
 
-def run_folder(settings: Settings, args: argparse.Namespace) -> str:
-    """Return the folder name of a run; settings changed on the command line get one of their own."""
-    return f"{settings.run}+{settings.digest()}" if args.set else settings.run
+def _train_files(settings: Settings, args: argparse.Namespace) -> "TrainFiles":
+    """Return where a run's files are; settings changed on the command line get folders of their own."""
+    from mscs.engine import TrainFiles
+
+    folder = f"{settings.run}+{settings.digest()}" if args.set else settings.run
+    return TrainFiles(*(base / settings.profile / "runs" / folder for base in (WORK, RESULTS)))
 
 
 def _train(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    if args.processes is not None and "WORLD_SIZE" not in os.environ:
-        processes = args.processes
-    else:
-        processes = _gpu_count(args.device)
+    launched = "WORLD_SIZE" in os.environ
+    processes = args.processes if args.processes is not None else _gpu_count(args.device)
+    processes = 1 if launched else processes
+    if processes not in PROCESSES:
+        raise UsageError(f"--processes {processes}: a batch is four groups of images; accepted are 1, 2 or 4")
+    if args.restarts < 0:
+        raise UsageError(f"--restarts {args.restarts}: accepted are numbers from 0")
     _require_pretrained(settings, args.set)
     root = args.data_root or data_root(settings)
     require_data(_without_overrides(settings, args), root)
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _launch(processes, args.argv)
+    if processes > 1 or (args.restarts and not launched):
+        return _launch(processes, args.restarts, args.argv)
 
     from mscs.distributed import join_world
-    from mscs.engine import TrainFiles, train_run
-    from mscs.provenance import now, record
+    from mscs.engine import train_run
+    from mscs.provenance import record, utc
     from mscs.results import write_json
 
-    started = now()
-    folder = run_folder(settings, args)
-    files = TrainFiles(
-        WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder
-    )
+    # a launcher's second start goes on from the checkpoint of its first
+    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    files = _train_files(settings, args)
     with join_world(args.device) as world:
         workers = args.workers if args.workers is not None else 4 * (world.device.type == "cuda")
         facts = train_run(
@@ -216,7 +239,7 @@ def _train(args: argparse.Namespace) -> int:
             WORK / settings.profile / "checkpoints",
             world,
             workers=workers,
-            fresh=args.fresh,
+            fresh=fresh,
             observers=_observers(args, settings, files.work) if world.is_main else (),
         )
         if facts is None:
@@ -224,7 +247,7 @@ def _train(args: argparse.Namespace) -> int:
                 print(f"{settings.run} is trained under these settings; --fresh trains it again")
         elif world.is_main:
             manifest = RESULTS / settings.profile / "data" / f"{settings.dataset}.json"
-            facts |= {"data": _manifest_digest(manifest), "started": started}
+            facts |= {"data": _manifest_digest(manifest), "started": utc(facts["started"])}
             facts |= {"pretrained_weights": _pretrained_digest(settings)}
             write_json(files.results / "run.json", record(**facts))
             print(f"weights: {files.work / 'weights'}  metrics: {files.metrics}")
@@ -241,17 +264,20 @@ def _evaluate(args: argparse.Namespace) -> int:
     require_data(_without_overrides(settings, args), root)
 
     from mscs.distributed import join_world
-    from mscs.engine import TrainFiles
     from mscs.evaluation import evaluate_run, nonzero
     from mscs.results import write_json
 
-    folder = run_folder(settings, args)
-    files = TrainFiles(
-        WORK / settings.profile / "runs" / folder, RESULTS / settings.profile / "runs" / folder
-    )
+    files = _train_files(settings, args)
     weights = {seed: args.checkpoint or files.weights(seed) for seed in settings.seeds}
+    results = files.results
+    asked = [str(args.checkpoint), args.split, args.ms, args.boundary]
+    if asked != ["None", "val", False, False]:  # not what the pipeline asks for: it keeps its own scores
+        tag = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+        results = results.with_name(f"{results.name}+{tag}")
     save = None
     if args.save_predictions is not None:
+        if args.save_predictions.exists() and not args.save_predictions.is_dir():
+            raise UsageError(f"--save-predictions {args.save_predictions} is a file; name a folder")
         from mscs.predictions import prediction_saver
 
         save = prediction_saver(args.save_predictions)
@@ -260,10 +286,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             settings, root, weights, world, split=args.split, boundary=args.boundary, save=save
         )
         if world.is_main:
-            write_json(files.results / "evaluation.json", record)
-            write_json(files.results / "confusion.json", {k: nonzero(m) for k, m in matrices.items()})
+            write_json(results / "evaluation.json", record)
+            write_json(results / "confusion.json", {k: nonzero(m) for k, m in matrices.items()})
             shown = ", ".join(f"{mode} {record[mode]['miou']:.2f}" for mode in settings.evaluation)
-            print(f"{settings.run}: mIoU {shown} (in percent, {args.split})")
+            print(f"{settings.run}: mIoU {shown} (in percent, {args.split}), in {results}")
     return 0
 
 
@@ -312,15 +338,18 @@ def _gpu_count(device: str) -> int:
     import torch
 
     count = torch.cuda.device_count()
-    return max((n for n in (1, 2, 4) if n <= count), default=1)
+    return max((n for n in PROCESSES if n <= count), default=1)
 
 
-def _launch(processes: int, argv: list[str]) -> int:
+def _launch(processes: int, restarts: int, argv: list[str]) -> int:
     """Run the same command under torchrun with this many processes."""
     # by address, because a container without network cannot resolve its own name
     one_machine = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *one_machine]
-    launcher = subprocess.Popen([*command, "-m", "mscs", *argv])
+    patience = [f"--max-restarts={restarts}", f"--shutdown-timeout={SAVING_SECONDS}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *one_machine, *patience]
+    # else PyTorch 2.14 sends restarted processes to the addresses of the lost ones
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = subprocess.Popen([*command, "-m", "mscs", *argv], env=environment)
     received: list[int] = []
 
     def pass_on(signum: int, _frame: object) -> None:

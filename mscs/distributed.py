@@ -35,6 +35,10 @@ class World:
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self.hosts)
         return int(box)
 
+    def smallest(self, value: int) -> int:
+        """Return the smallest of all processes' values, without waiting for any GPU."""
+        return -self.largest(-value)
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the user."""
@@ -59,6 +63,11 @@ def join_world(device: str = "auto") -> Iterator[World]:
             "device cuda was asked for, but PyTorch sees no GPU; run `mscs doctor`, or use --device cpu"
         )
     on_gpu = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {local_rank + 1} of this machine has no GPU of its own: PyTorch sees "
+            f"{torch.cuda.device_count()}; start no more processes than that, or use --device cpu"
+        )
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(place)
@@ -67,7 +76,9 @@ def join_world(device: str = "auto") -> Iterator[World]:
         return
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield World(rank, size, place, dist.new_group(backend="gloo") if on_gpu else None)
+        world = World(rank, size, place, dist.new_group(backend="gloo") if on_gpu else None)
+        world.largest(0)  # nobody leaves before everybody is here, even if there is nothing to do
+        yield world
     finally:
         dist.destroy_process_group()
 

@@ -9,10 +9,12 @@ another number of processes gives another draw of the same distribution.
 
 import contextlib
 import math
+import os
 import resource
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from mscs.checkpoint import load_checkpoint, lock, read_header, save_checkpoint, save_weights
+from mscs.checkpoint import (
+    differences,
+    load_checkpoint,
+    lock,
+    read_header,
+    save_checkpoint,
+    save_weights,
+)
 from mscs.datasets import Dataset, build_dataset
 from mscs.distributed import WORLD_SIZES, World, all_mean, barrier, is_lost_peer
 from mscs.errors import MscsError, UsageError
@@ -33,7 +42,7 @@ from mscs.losses import MultiScaleContrastiveLoss, segmentation_loss
 from mscs.models import ModelOutput, build_model, convert_sync_batchnorm
 from mscs.optim import build_optimizer, learning_rate
 from mscs.params import Settings, to_plain
-from mscs.results import write_csv, write_json
+from mscs.results import read_json, write_csv, write_json
 from mscs.seeding import derive_seed, torch_generator
 from mscs.transforms import ColorJitter, Photometric, PhotoMetricDistortion, TrainTransform
 
@@ -90,9 +99,11 @@ class Objective:
         """Return the total loss, its named terms (unweighted) and anchor counts (means over groups)."""
         total = self._cross_entropy(output.logits, labels)
         terms = {"ce": total}
-        if output.aux_logits is not None and self.aux_weight:
-            terms["aux"] = self._cross_entropy(output.aux_logits, labels)
-            total = total + self.aux_weight * terms["aux"]
+        if output.aux_logits is not None:
+            # with weight 0 too: processes that share gradients must all have one for every parameter
+            aux = self._cross_entropy(output.aux_logits, labels)
+            terms |= {"aux": aux} if self.aux_weight else {}
+            total = total + self.aux_weight * aux
         counts: dict[str, Tensor] = {}
         if self.contrastive is not None:
             assert output.embeddings is not None
@@ -181,6 +192,8 @@ def apply_machine_settings(settings: Settings) -> None:
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     torch.backends.cudnn.benchmark = not settings.deterministic
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     # filling fresh memory guards against reads before writes, which no operation here does, at twice the time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -200,7 +213,8 @@ class Trainer:
     observers: Sequence[Observer] = ()
     history: list[dict[str, float]] = field(default_factory=list)
     sessions: list[dict[str, float]] = field(default_factory=list)
-    """Of every start of this run so far: its first step, and its seconds until the last checkpoint."""
+    """Of every start of this run so far: when (seconds since 1970), with how many processes, its first step,
+    and its seconds until the last checkpoint."""
 
     def train(self) -> dict[str, Tensor]:
         """Train to the end and return the model's weights, projectors included."""
@@ -237,7 +251,7 @@ class Trainer:
     ) -> None:
         settings, world = self.settings, self.world
         optimizer, scaler = parts["optimizer"], parts["scaler"]
-        guard = _FiniteGuard(world.device, self.checkpoints, self.seed)
+        guard = _FiniteGuard(world, self.checkpoints, self.seed)
         network.train()
         if settings.batch_norm == "frozen":
             freeze_batch_norm(network)
@@ -250,16 +264,17 @@ class Trainer:
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, world.rank))
             optimizer.zero_grad(set_to_none=True)
             terms, counts, last_part = self._accumulate_gradients(batch, network, objective, scaler)
-            if shown:
-                scaler.unscale_(optimizer)
-                counts["gradient_norm"] = gradient_norm(parts["model"])
+            scaler.unscale_(optimizer)
+            norm = {"gradient_norm": gradient_norm(parts["model"])}
+            # in fp16 an overflow of the gradient is no failure: the scaler skips the step
+            guard.watch(batch, terms if scaler.is_enabled() else norm | terms)
             scaler.step(optimizer)
             scaler.update()
-            guard.watch(batch, terms)
             if shown:
                 guard.check()
-                progress.show(self._log(done, lr, terms | counts))
+                progress.show(self._log(done, lr, terms | counts | norm))
                 self._observe(Snapshot(self.seed, self.history, *last_part))
+            del last_part  # or its logits would lie beside those of the next step
             progress.advance()
             signum = world.largest(stop.signum)
             stopping = signum or done in (self.stop_after, settings.steps)
@@ -270,6 +285,9 @@ class Trainer:
                 raise Stopped(signum, done)
             if done == self.stop_after:
                 return
+        signum = world.largest(stop.signum)  # one that came during the last save
+        if signum:
+            raise Stopped(signum, settings.steps)
 
     def _accumulate_gradients(
         self, batch: Batch, network: nn.Module, objective: Objective, scaler: torch.amp.GradScaler
@@ -341,7 +359,7 @@ class Trainer:
             warmup_steps=settings.warmup_steps,
             poly_power=settings.poly_power,
             exp_decay=settings.exp_decay,
-            steps_per_epoch=max(1, len(self.dataset) // settings.batch_size),
+            steps_per_epoch=math.ceil(len(self.dataset) / settings.batch_size),
         )
 
     def _wrap(self, model: nn.Module) -> nn.Module:
@@ -350,7 +368,9 @@ class Trainer:
             network = torch.compile(model)  # type: ignore[assignment]
         if self.world.size > 1:
             ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():  # PyTorch's new name for the argument is not in older releases
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
             convert_sync_batchnorm(model)  # after DDP, which refuses synchronised norms on CPUs
         return network
 
@@ -375,16 +395,22 @@ class Trainer:
         save_checkpoint(self.checkpoints, done, state, self._fingerprint())
 
     def _resume(self, parts: dict[str, Any]) -> int:
-        step = 0
         found = load_checkpoint(self.checkpoints, self._fingerprint(), self.world.device)
+        step, state = found or (0, {})
+        if self.world.smallest(step) != self.world.largest(step):
+            raise MscsError(
+                f"the processes of this training see different checkpoints in {self.checkpoints} (here step "
+                f"{step}); do all machines share this folder?"
+            )
         if found is not None:
-            step, state = found
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.history[:], self.sessions[:] = state["history"], state["sessions"]
             if self.world.is_main:
                 print(f"{self.settings.run} seed {self.seed}: going on from step {step}", flush=True)
-        self.sessions.append({"start": step, "seconds": 0.0})
+        self.sessions.append(
+            {"start": step, "seconds": 0.0, "world_size": self.world.size, "started": time.time()}
+        )
         return step
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -406,32 +432,40 @@ def gradient_norm(model: nn.Module) -> Tensor:
 class _FiniteGuard:
     """Finds the first non-finite term without waiting for the GPU at every step."""
 
-    def __init__(self, device: torch.device, folder: Path, seed: int):
-        self._folder, self._seed = folder, seed
-        self._first_bad = torch.full((), -1, dtype=torch.long, device=device)
+    _NEVER = 2**62
+
+    def __init__(self, world: World, folder: Path, seed: int):
+        self._world, self._folder, self._seed = world, folder, seed
+        self._first_bad = torch.full((), self._NEVER, dtype=torch.long, device=world.device)
         self._recent: deque[tuple[int, list[str], dict[str, Tensor]]] = deque()
-        self._eager = device.type == "cpu"
+        self._eager = world.device.type == "cpu"
 
     def watch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
         values = torch.stack([value.to(terms["loss"]) for value in terms.values()])
         bad = ~values.isfinite().all()
-        self._first_bad = torch.where(bad & (self._first_bad < 0), batch.step, self._first_bad)
+        self._first_bad = torch.where(bad, self._first_bad.clamp(max=batch.step), self._first_bad)
         self._recent.append((batch.step, batch.ids, terms))
         if self._eager:
             self.check()
 
     def check(self) -> None:
-        """Raise MscsError naming term, step and images where a value was not finite."""
-        step = int(self._first_bad)
+        """Raise MscsError naming term, step and images where a value was not finite on any process.
+
+        A bad term makes everyone's gradient bad: a process whose own terms are sound names that one.
+        """
+        step = self._world.smallest(int(self._first_bad))
         recent, self._recent = self._recent, deque()
         for seen, ids, terms in recent:
             if seen == step:
                 self._fail(step, ids, {name: float(value) for name, value in terms.items()})
 
     def _fail(self, step: int, ids: list[str], terms: dict[str, float]) -> None:
-        name = next(k for k in reversed(terms) if not math.isfinite(terms[k]))
+        name = next((k for k in reversed(terms) if not math.isfinite(terms[k])), None)
+        if name is None:
+            raise MscsError(f"a term of the loss is not finite at step {step} on another process")
         newest = max(map(str, self._folder.glob("step-*.pt")), default=None)
-        report = self._folder / "failure.json"
+        rank = self._world.rank
+        report = self._folder / (f"failure-{rank}.json" if rank else "failure.json")
         facts = {"term": name, "step": step, "images": ids, "seed": self._seed, "last_checkpoint": newest}
         write_json(report, {**facts, "terms": {k: str(v) for k, v in terms.items()}})
         raise MscsError(
@@ -525,6 +559,8 @@ def _explained(settings: Settings, world: World) -> Iterator[None]:
 def memory_advice(settings: Settings, processes: int) -> list[str]:
     """Return what makes a training need less GPU memory, mildest first."""
     advice = []
+    if not settings.model_options.get("checkpointing"):
+        advice.append("--set model_options={checkpointing: true}: slower, the same result")
     if processes < WORLD_SIZES[-1]:
         part = settings.batch_size // (2 * processes)
         advice.append(f"--processes {2 * processes} on as many GPUs: {part} images each, the same result")
@@ -628,16 +664,16 @@ def train_run(
     rows: list[dict[str, Any]] = []
     sessions: dict[str, list[dict[str, float]]] = {}
     with lock(root) if world.is_main else contextlib.nullcontext():
+        if world.is_main:
+            _tell_of_others(root, settings)
         if fresh:
             _remove_checkpoints(root, world)
         for seed in settings.seeds:
             trainer = Trainer(
                 settings, seed, world, dataset, root / f"seed-{seed}", workers, observers=observers
             )
-            weights = trainer.train()
-            if world.is_main:
-                header = {"run": settings.run, "digest": settings.digest()}
-                save_weights(files.weights(seed), weights, header)
+            header = {"run": settings.run, "digest": settings.digest()}
+            _train_seed(trainer, files.weights(seed), header)
             rows += [{"seed": seed, **row} for row in trainer.history]
             metrics[f"seed_{seed}"] = summary(trainer.history)
             sessions[f"seed_{seed}"] = trainer.sessions
@@ -648,14 +684,30 @@ def train_run(
     return _facts(settings, world, sessions)
 
 
+def _train_seed(trainer: Trainer, path: Path, header: dict[str, str]) -> None:
+    weights = trainer.train()
+    if trainer.world.is_main:
+        save_weights(path, weights, header)
+
+
+def _tell_of_others(root: Path, settings: Settings) -> None:
+    """Name the interrupted trainings of this run under other settings, which this one does not go on from."""
+    for folder in sorted(root.parent.glob(f"{settings.run}-*")):
+        records = sorted(folder.glob("seed-*/step-*.json"))
+        if folder != root and records:
+            changes = differences(read_json(records[-1])["settings"], settings.phase("train"))
+            print(f"{settings.run}: an interrupted training, with other settings ({changes}), is in {folder}")
+
+
 def _remove_checkpoints(root: Path, world: World) -> None:
-    for old in root.glob("seed-*/step-*") if world.is_main else ():
+    """Remove what was saved, and the unfinished files of saves that were killed."""
+    for old in [*root.glob("seed-*/step-*"), *root.glob("seed-*/.step-*")] if world.is_main else ():
         old.unlink()
     barrier()
 
 
 def _facts(settings: Settings, world: World, sessions: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    seconds = sum(session["seconds"] for seed in sessions.values() for session in seed)
+    starts = [session for seed in sessions.values() for session in seed]
     on_gpu = world.device.type == "cuda"
     return {
         "settings": to_plain(settings),
@@ -663,14 +715,20 @@ def _facts(settings: Settings, world: World, sessions: dict[str, list[dict[str, 
         "precision": settings.precision,
         "seeds": settings.seeds,
         "world_size": world.size,
-        "seconds": seconds,
-        "gpu_hours": seconds * world.size / 3600 if on_gpu else None,
+        "started": min(session["started"] for session in starts),
+        "seconds": sum(session["seconds"] for session in starts),
+        "gpu_hours": sum(s["seconds"] * s["world_size"] for s in starts) / 3600 if on_gpu else None,
         "peak_bytes": peak_bytes(world.device),
         "sessions": sessions,
     }
 
 
-def summary(history: list[dict[str, float]]) -> dict[str, float]:
-    """Average every logged value over the last fifth of the log."""
+def summary(history: list[dict[str, float]]) -> dict[str, float | None]:
+    """Average every logged value over the last fifth of the log, leaving out fp16's overflown gradients."""
     tail = history[-max(1, len(history) // 5) :]
-    return {key: sum(row[key] for row in tail) / len(tail) for key in tail[0] if key not in ("step", "lr")}
+    means: dict[str, float | None] = {}
+    for key in tail[0]:
+        if key not in ("step", "lr"):
+            values = [row[key] for row in tail if math.isfinite(row[key])]
+            means[key] = sum(values) / len(values) if values else None
+    return means

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+MANY, SHOWN = 30, 5
+"""Of more names than these, a message shows so few."""
+
 
 class MscsError(Exception):
     """Something went wrong at run time (broken file, full disk, lost worker). Exit code 1."""
@@ -19,6 +22,9 @@ class UsageError(MscsError, ValueError):
 def unknown_name(kind: str, found: object, accepted: Iterable[str]) -> str:
     """Return one message for an unknown name: what was found, the nearest valid name, all valid names."""
     names = sorted(accepted)
-    near = difflib.get_close_matches(str(found), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(str(found), names, n=SHOWN, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    if len(names) > MANY:
+        shown = ", ".join(near or names[:SHOWN])
+        return f"unknown {kind} {found!r}{hint} Accepted are {len(names)} names, such as {shown}"
     return f"unknown {kind} {found!r}{hint} Accepted: {', '.join(names)}"

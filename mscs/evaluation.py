@@ -17,6 +17,7 @@ from mscs.distributed import World, all_sum
 from mscs.engine import AUTOCAST, apply_machine_settings, build_network, open_dataset
 from mscs.inference import Predictor, Protocol
 from mscs.metrics import boundary_counts, boundary_scores, confusion_matrix, majority_miou, scores
+from mscs.models.weights import load_strictly
 from mscs.params import Settings
 from mscs.transforms import pad_reflect
 
@@ -42,7 +43,7 @@ def load_network(settings: Settings, num_classes: int, weights: Path) -> nn.Modu
     """Build the model without projectors and load trained weights, strictly."""
     model = build_network(settings, num_classes, seed=None, projector=False)
     tensors, _ = read_weights(weights)
-    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("projectors.")})
+    load_strictly(model, {k: v for k, v in tensors.items() if not k.startswith("projectors.")})
     return model
 
 

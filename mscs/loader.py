@@ -6,6 +6,7 @@ step t continues the stream of one that started at 0.
 """
 
 import functools
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from mscs.seeding import numpy_generator
 
 STALLED_SECONDS = 600
 """A batch that worker processes have not read after this time will not come: a disk or network hangs."""
+LAST_SECONDS = 60
+"""How long a worker outlives SIGTERM, which launchers send to every process of a training at once."""
 
 
 class Batch(NamedTuple):
@@ -117,7 +120,7 @@ def train_loader(
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_single_threaded,
+        worker_init_fn=_prepare_worker,
         prefetch_factor=2 if num_workers else None,
         timeout=STALLED_SECONDS if num_workers else 0,
     )
@@ -153,6 +156,11 @@ def _collate(parts: Sequence[Part | MscsError]) -> tuple[Tensor, Tensor, list[st
     return torch.stack(images), torch.stack(labels), list(ids)
 
 
-def _single_threaded(_worker: int) -> None:
-    """One thread per worker: the workers are the parallelism."""
+def _prepare_worker(_worker: int) -> None:
+    """One thread per worker, since the workers are the parallelism; and no end before the training's own.
+
+    Told to stop, the training finishes its step and saves, for which it needs its workers alive.
+    """
     cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))

@@ -12,6 +12,7 @@ carry provenance through the layers, and it would cost start-up time. This file 
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -169,6 +170,13 @@ FIELDS = {f.name: f for f in dataclasses.fields(Settings)}
 _TYPES = typing.get_type_hints(Settings)
 _RUN_KEYS = {"dataset", "model", "loss", "schedule"}
 _COMPUTED = {"run", "profile", "recipe", "variant", "images_per_group", "schedule", "dataset", "loss"}
+_REWRITES: dict[str, Any] = {
+    "backbone": Mapping[str, str],
+    "batch_size": Mapping[int, int],
+    "steps_factor": float,
+    "lr_factor": Mapping[str, float],
+}
+_NUMBER = re.compile(r"[-+]?[0-9]+([.][0-9]*)?[eE][-+]?[0-9]+")
 _IDENTITY = {"run", "profile", "variant", "schedule", "dataset", "model", "loss"}
 
 
@@ -191,6 +199,8 @@ class Params:
         missing = [name for name in SECTIONS if name not in document]
         if missing:
             raise UsageError(f"{path}: missing section {missing[0]!r}; needed: {', '.join(SECTIONS)}")
+        for name in ("profile", "recipe"):
+            _choice(name, document[name], _mapping(document[f"{name}s"], f"{path}: {name}s"), path)
         self._document = document
         self.profile: str = document["profile"]
         self.recipe: str = document["recipe"]
@@ -258,6 +268,8 @@ class Params:
                 note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
                 sources[key] = f"{note} ({source})"
         self._rewrite(values, sources, profile, entry["schedule"])
+        if isinstance(overrides.get("model_options"), Mapping):
+            overrides["model_options"] = {**values.get("model_options", {}), **overrides["model_options"]}
         values.update(overrides)
         sources.update(dict.fromkeys(overrides, "--set"))
         values |= {"run": run, "profile": profile, "recipe": recipe}
@@ -340,15 +352,21 @@ class Params:
                     message = unknown_name(f"{block} entry", pattern, self._document[block])
                     raise UsageError(f"{self._path}: {where}.{block}: {message}")
                 self._check_keys(values, f"{where}.{block}.{pattern}", None)
-        _known(
-            overlay.get("rewrite", {}),
-            {"backbone", "batch_size", "steps_factor", "lr_factor"},
-            f"{self._path}: {where}.rewrite",
-            "rule",
-        )
+        rules = overlay.get("rewrite", {})
+        where = f"{self._path}: {where}.rewrite"
+        _known(rules, _REWRITES, where, "rule")
+        for rule, value in rules.items():
+            try:
+                _as_type(value, _REWRITES[rule])
+            except TypeError:
+                raise UsageError(
+                    f"{where}.{rule}: found {value!r}, expected {_describe(_REWRITES[rule])}"
+                ) from None
 
     def _check_run(self, run: str, entry: Any) -> None:
         where = f"{self._path}: runs.{run}"
+        if not isinstance(run, str):
+            raise UsageError(f"{where}: a run's id is text, <dataset>-<model>-<variant>")
         _known(_mapping(entry, where), (set(FIELDS) - _COMPUTED) | _RUN_KEYS | {"sources"}, where, "key")
         for block, key in _block_keys():
             if key not in entry:
@@ -366,13 +384,15 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml; raise UsageError with file, key and remedy."""
     path = Path(path)
     try:
-        document = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        document = yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(
             f"{path} not found in {Path.cwd()}; run from the project's root folder or name it with --params"
         ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from None
+        raise UsageError(f"{path} is not valid YAML: {_one_line(error)}") from None
     return Params(_mapping(document, str(path)), str(path))
 
 
@@ -383,8 +403,26 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:
             raise UsageError(f"--set {pair!r}: expected key=value, for example --set lr=0.01")
-        overrides[key.strip()] = yaml.safe_load(value)
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {pair!r}: the value is not valid YAML: {_one_line(error)}") from None
     return overrides
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML without doubled keys, of which the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        double = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if double is not None:
+            raise yaml.YAMLError(f"key {double!r} stands twice in one mapping{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _block_keys() -> tuple[tuple[str, str], ...]:
@@ -404,7 +442,7 @@ def _known(found: Mapping[str, Any], accepted: Any, where: str, kind: str) -> No
 
 
 def _choice(key: str, value: Any, accepted: Any, where: str) -> None:
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         raise UsageError(f"{where}: {unknown_name(key, value, accepted)}")
 
 
@@ -429,6 +467,8 @@ def _complete(
             f"{where}: with accumulation_steps {parts}, batch norm cannot see the whole batch. Say which "
             "one to use: batch_norm=part (statistics of each part) or batch_norm=frozen (running statistics)"
         )
+    if values.get("contrastive") is False and "projector" not in overrides:
+        values["projector"] = None  # it would train on nothing
     maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
     if "scale_weights" not in overrides and "scale_weights" in values:
         values["scale_weights"] = list(values["scale_weights"])[:maps]
@@ -444,7 +484,34 @@ def _build(values: dict[str, Any], where: str) -> Settings:
         if name not in values:
             block = spec.metadata["block"]
             raise UsageError(f"{where}: missing key {name!r}; set it in {block or 'params.yaml'}")
-    return Settings(**{name: _convert(name, value, where) for name, value in values.items()})
+    settings = Settings(**{name: _convert(name, value, where) for name, value in values.items()})
+    for problem in _contradictions(settings):
+        raise UsageError(f"{where}: {problem}")
+    return settings
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """Yield what is wrong with values that are possible one by one."""
+    for name in ("seeds", "evaluation"):
+        values = getattr(settings, name)
+        if not values or len(set(values)) < len(values):
+            yield f"{name}: found {list(values)}, expected at least one item and none twice"
+    for name in ("scale_range", "aspect_range"):
+        low, high = getattr(settings, name) or (0, 0)
+        if low > high:
+            yield f"{name}: found [{low}, {high}], expected the smaller one first"
+    if settings.contrastive:
+        scales = len(settings.scale_weights)
+        maps = 1 if settings.projector == "concat" else settings.feature_maps
+        if settings.projector is None:
+            yield "contrastive: true needs a projector: backbone, fpn or concat"
+        if scales != maps:
+            yield f"scale_weights: found {scales}, but projector {settings.projector} has {maps} feature maps"
+        if any(a == b or max(a, b) >= scales for a, b in settings.cross_pairs):
+            pairs = [list(pair) for pair in settings.cross_pairs]
+            yield f"cross_pairs: found {pairs}, expected pairs of two scales out of 0 to {scales - 1}"
+    if settings.batch_size % settings.images_per_group:
+        yield f"images_per_group: found {settings.images_per_group}, no divisor of batch_size"
 
 
 def _convert(name: str, value: Any, where: str) -> Any:
@@ -483,6 +550,9 @@ def _as_type(value: Any, hint: Any) -> Any:
         if len(value) != len(args):
             raise TypeError
         return tuple(_as_type(item, arg) for item, arg in zip(value, args, strict=True))
+    if hint in (float, int) and isinstance(value, str) and _NUMBER.fullmatch(value):
+        number = float(value)  # YAML takes 1e-3, without a point, for text
+        value = int(number) if hint is int and number.is_integer() else number
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         if value != value or value in (float("inf"), float("-inf")):
             raise TypeError
@@ -493,7 +563,8 @@ def _as_type(value: Any, hint: Any) -> Any:
     if hint in plain and isinstance(value, plain[hint]):
         return value
     if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return dict(value)
+        key, item = args
+        return dict(value) if item is Any else {_as_type(k, key): _as_type(v, item) for k, v in value.items()}
     raise TypeError
 
 
@@ -516,4 +587,6 @@ def _describe(hint: Any) -> str:
             return f"a list, each item {_describe(args[0])}"
         return f"a list of {len(args)} items, each {_describe(args[0])}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if origin is not None and args[-1] is not Any:
+        return f"a mapping from {_describe(args[0])} to {_describe(args[1])}"
     return "null" if hint is types.NoneType else names.get(hint, "a mapping")

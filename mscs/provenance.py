@@ -13,16 +13,19 @@ from typing import Any
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python-headless", "scikit-learn", "dvc")
 
 
-def git_state(folder: str | Path = ".") -> dict[str, Any]:
-    """Return commit and whether tracked files differ from it; MSCS_GIT_COMMIT stands in inside an image."""
+def git_state() -> dict[str, Any]:
+    """Return the commit of this package's checkout, and whether code or params.yaml differ from it.
+
+    MSCS_GIT_COMMIT stands in inside an image; None where the package is installed outside a checkout.
+    """
     announced = os.environ.get("MSCS_GIT_COMMIT")
     if announced:
         return {"commit": announced.removesuffix("-dirty"), "dirty": announced.endswith("-dirty")}
     try:
-        commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
-        changed = _output(
-            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no", "--", "mscs"]
-        )
+        git = ["git", "-C", str(Path(__file__).parents[1])]
+        _output([*git, "ls-files", "--error-unmatch", "mscs/provenance.py"])
+        commit = _output([*git, "rev-parse", "HEAD"])
+        changed = _output([*git, "status", "--porcelain", "--", "mscs", "reproduce/*.py", "params.yaml"])
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}
@@ -70,13 +73,13 @@ def record(**facts: Any) -> dict[str, Any]:
         "environment": environment_digest(),
         "machine": machine(),
         "image": os.environ.get("MSCS_IMAGE"),
-        "finished": now(),
+        "finished": utc(time.time()),
     }
 
 
-def now() -> str:
-    """Return the time in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def utc(seconds: float) -> str:
+    """Return a time, given in seconds since 1970, as text in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _processor() -> str:

@@ -154,6 +154,14 @@ def _wanted(targets: Sequence[str], params: Params) -> list[str]:
     return list(dict.fromkeys(runs))
 
 
+def _profile(args: argparse.Namespace, params: Params) -> str:
+    """Return the profile that was asked for, or the current one."""
+    profile = args.profile or params.profile
+    if profile not in params.profiles:
+        raise UsageError(unknown_name("profile", profile, params.profiles))
+    return profile
+
+
 def _plan(args: argparse.Namespace) -> None:
     from reproduce import plan
 
@@ -214,7 +222,7 @@ def _tables(args: argparse.Namespace) -> None:
     from reproduce.tables import Results, write_table
 
     params = load_params()
-    results = Results(args.profile or params.profile)
+    results = Results(_profile(args, params))
     known = [*TABLES, *DATASETS]
     for table in args.table or known:
         if table not in known:
@@ -229,7 +237,7 @@ def _tables(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from reproduce.report import write_report
 
-    profile = args.profile or load_params().profile
+    profile = _profile(args, load_params())
     write_report(profile, RESULTS / profile)
     print(f"report: {(RESULTS / profile / 'report.html').resolve()}")
 
@@ -239,7 +247,7 @@ def _cards(args: argparse.Namespace) -> None:
     from reproduce.tables import Results
 
     params = load_params()
-    results = Results(args.profile or params.profile)
+    results = Results(_profile(args, params))
     written = write_cards(params, results)
     print(f"{len(written)} cards: {(results.root / 'cards').resolve()}")
 
@@ -262,7 +270,7 @@ def _verify(args: argparse.Namespace) -> int:
     from reproduce.tables import Results
     from reproduce.verify import verify
 
-    outcome = verify(Results(args.profile or load_params().profile))
+    outcome = verify(Results(_profile(args, load_params())))
     write_json(outcome.path.with_suffix(".json"), outcome.document)
     write_text(outcome.path.with_suffix(".md"), outcome.markdown)
     print(json.dumps(outcome.document, indent=1) if args.json else outcome.markdown)
@@ -283,7 +291,7 @@ def _memory(args: argparse.Namespace) -> None:
     from reproduce.memory import measure_on_gpu
 
     params = load_params()
-    path = RESULTS / (args.profile or params.profile) / "memory.json"
+    path = RESULTS / _profile(args, params) / "memory.json"
     document = measure_on_gpu(params)
     write_json(path, document)
     for run, row in document["runs"].items():
@@ -315,7 +323,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _resolve(args: argparse.Namespace) -> None:
     params = load_params()
-    profile = args.profile or params.profile
+    profile = _profile(args, params)
     path = RESULTS / profile / "resolved.json"
     write_json(path, resolve_all(params, profile))
     print(path)

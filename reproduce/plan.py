@@ -21,7 +21,7 @@ from mscs.results import read_json
 
 MEASURED = Path("benchmarks/results")
 SCRIPT = Path("benchmarks/step.py")
-OPTIONS = ("precision", "tf32", "channels_last", "compile")
+OPTIONS = ("precision", "tf32", "channels_last", "compile", "deterministic")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def state(settings: Settings) -> str:
 
 
 def measurement(settings: Settings, device: str) -> dict[str, Any] | None:
-    """Return the row measured for a run's network on `device` under its options, the latest file's first."""
+    """Return what was last measured on `device` for a run's network, loss, group of images and options."""
     folders = (WORK / settings.profile / "benchmark", MEASURED)
     files = [file for folder in folders for file in folder.glob("step-*.json")]
     for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -74,8 +74,10 @@ def measurement(settings: Settings, device: str) -> dict[str, Any] | None:
         if (document["device"], document["profile"], document["quick"]) != (device, settings.profile, False):
             continue
         for row in document["results"]:
-            same = all(row["options"][key] == getattr(settings, key) for key in OPTIONS)
-            if same and row["row"] == settings.schedule and "failed" not in row:
+            same = all(row["options"].get(key, False) == getattr(settings, key) for key in OPTIONS)
+            found = (row["row"], row.get("loss"), row["batch"])
+            wanted = (settings.schedule, settings.loss, settings.images_per_group)
+            if same and found == wanted and "failed" not in row:
                 return row
     return None
 
@@ -94,10 +96,9 @@ def measure(settings: Sequence[Settings]) -> None:
     """Measure the networks of some runs here, a few steps each; files go to the profile's work folder."""
     if not SCRIPT.exists():
         raise MscsError(f"{SCRIPT} is missing; measure in a checkout of the project")
-    schedules = sorted({item.schedule for item in settings})
     profile = settings[0].profile
     command = [sys.executable, str(SCRIPT), "--profile", profile, "--variants", "settings", "--repeats", "3"]
-    command += ["--output", str(WORK / profile / "benchmark"), "--rows", *schedules]
+    command += ["--output", str(WORK / profile / "benchmark"), "--runs", *(item.run for item in settings)]
     if subprocess.run(command, check=False, stdout=sys.stderr).returncode:
         raise MscsError("the measurement failed; its own message says why")
 

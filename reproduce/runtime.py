@@ -93,7 +93,7 @@ def container_options(verb: str, profile: str, name: str | None, root: Path, ima
 
     Its name has no random part: two containers that write the same files cannot be there at once.
     """
-    git = git_state(root)
+    git = git_state()
     environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
     environment |= {
         "HOME": "/tmp",

@@ -34,6 +34,16 @@ def test_a_damaged_newest_checkpoint_falls_back_with_a_warning(tmp_path, damage)
     assert step == 10
 
 
+def test_damaged_checkpoints_do_not_push_out_new_ones(tmp_path):
+    for step in (10, 20, 30):
+        save_checkpoint(tmp_path, step, {}, {})
+    for broken in tmp_path.glob("*.pt"):
+        broken.write_bytes(b"")
+    save_checkpoint(tmp_path, 15, {}, {})
+    assert load_checkpoint(tmp_path, {}) == (15, {})
+    assert "step-00000030.pt" not in [path.name for path in tmp_path.iterdir()]
+
+
 def test_other_settings_are_refused_with_the_differing_keys(tmp_path):
     save_checkpoint(tmp_path, 5, {}, {"lr": 0.1, "steps": 40})
     with pytest.raises(UsageError, match=r"lr: 0\.1 -> 0\.2"):
@@ -88,3 +98,13 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path):
         fail()
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[[", b"\x02\0\0\0\0\0\0\0[["])
+def test_a_broken_weights_file_is_named(tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(MscsError, match=r"w\.safetensors cannot be read"):
+        read_weights(path)
+    with pytest.raises(MscsError, match="cannot be read"):
+        read_weights(tmp_path)

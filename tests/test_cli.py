@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from mscs import provenance
+from mscs.checkpoint import save_weights
 from mscs.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -113,3 +116,48 @@ def test_the_installed_command_answers(project):
         [sys.executable, "-m", "mscs", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("mscs 0.")
+
+
+def test_weights_of_another_network_are_refused_in_few_words(project, generated, capsys):
+    save_weights(project / "w.safetensors", {"a": torch.ones(1)}, {})
+    root = str(generated("cityscapes"))
+    assert main(["evaluate", RUN, "--data-root", root, "--checkpoint", "w.safetensors"]) == 2
+    assert "does not fit HRNet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["3", "{", f'{{"{RUN}": 3}}', f'{{"{RUN}": {{"a": 3}}}}', "{}"])
+def test_a_file_without_resolved_settings_is_named(project, capsys, text):
+    (project / "resolved.json").write_text(text)
+    assert main(["train", RUN, "--settings", "resolved.json"]) == 2
+    assert "python -m reproduce resolve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--processes", "3"], ["--processes", "0"], ["--restarts", "-1"]])
+def test_impossible_numbers_of_processes_are_refused_at_once(project, capsys, arguments):
+    assert main(["train", RUN, *arguments]) == 2
+    assert "accepted are" in capsys.readouterr().err
+
+
+def test_a_restarted_process_does_not_start_afresh_again(project, generated, capsys, monkeypatch):
+    command = ["train", RUN, "--data-root", str(generated("cityscapes")), *SMALL]
+    assert main(command) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main([*command, "--fresh"]) == 0
+    assert "is trained under these settings" in capsys.readouterr().out
+
+
+def test_the_recorded_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("MSCS_GIT_COMMIT", raising=False)
+    code = tmp_path / "mscs" / "provenance.py"
+    code.parent.mkdir()
+    code.write_text("x")
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert provenance.git_state() == {"commit": None, "dirty": None}
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "x").write_text("not code")
+    assert provenance.git_state()["dirty"] is False
+    (tmp_path / "mscs" / "new.py").write_text("x")
+    assert provenance.git_state()["dirty"] is True

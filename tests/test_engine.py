@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mscs.checkpoint import save_checkpoint
 from mscs.distributed import World
 from mscs.engine import (
     Objective,
@@ -28,6 +29,7 @@ from mscs.engine import (
     train_run,
 )
 from mscs.errors import MscsError, UsageError
+from mscs.loader import Batch
 from mscs.models import ModelOutput
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
@@ -98,6 +100,76 @@ def test_a_non_finite_term_leaves_what_is_needed_to_look_into_it(params, generat
     assert facts["seed"] == 0
 
 
+class BadGradient(Trainer):
+    """Its gradients are broken from the third step on, while every loss term is sound."""
+
+    def _accumulate_gradients(self, batch, network, *rest):
+        found = super()._accumulate_gradients(batch, network, *rest)
+        if batch.step >= 2:
+            next(network.parameters()).grad[:] = math.nan
+        return found
+
+
+def test_a_non_finite_gradient_stops_before_it_reaches_the_weights(params, generated, tmp_path):
+    job = trainer(params, generated("cityscapes"), tmp_path, checkpoint_every=1)
+    job.__class__ = BadGradient
+    with pytest.raises(MscsError, match=r"loss term 'gradient_norm' is nan at step 2 \(images "):
+        train(job)
+    newest = max(tmp_path.glob("step-*.pt"))
+    assert newest.name == "step-00000002.pt"
+    saved = torch.load(newest, weights_only=True)["model"].values()
+    assert all(tensor.isfinite().all() for tensor in saved)
+
+
+class OtherProcess(World):
+    """One of two processes, of which the other saw a term break at step 1."""
+
+    def largest(self, value):
+        return max(value, -1)
+
+
+def test_processes_agree_on_the_first_bad_step_and_the_one_that_had_it_names_it(tmp_path):
+    guard = _FiniteGuard(OtherProcess(0, 2, torch.device("meta")), tmp_path, seed=0)
+    guard._first_bad = torch.tensor(guard._NEVER)
+    for step, value in enumerate((1.0, 2.0, math.nan)):
+        terms = {"loss": torch.tensor(value), "ce": torch.tensor(value)}
+        guard.watch(Batch(None, None, [f"image {step}"], step), terms)
+    with pytest.raises(MscsError, match="not finite at step 1 on another process"):
+        guard.check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_during_the_last_save_of_a_seed_is_not_lost(params, generated, tmp_path, monkeypatch):
+    settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, "seeds": [0, 1]}).settings
+    saved = []
+
+    def save(folder, step, *rest):
+        save_checkpoint(folder, step, *rest)
+        saved.append((folder.name, step))
+        if saved[-1] == ("seed-0", 2):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("mscs.engine.save_checkpoint", save)
+    world = World(0, 1, torch.device("cpu"))
+    with pytest.raises(Stopped), contextlib.redirect_stdout(io.StringIO()):
+        train_run(settings, generated("cityscapes"), run_files(tmp_path), tmp_path / "checkpoints", world)
+    assert saved == [("seed-0", 2)]
+
+
+def test_an_interrupted_training_under_other_settings_is_named(params, generated, tmp_path, capsys):
+    files, root, world = run_files(tmp_path), generated("cityscapes"), World(0, 1, torch.device("cpu"))
+
+    def run(observers=(), **overrides):
+        settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, **overrides}).settings
+        return train_run(settings, root, files, tmp_path / "checkpoints", world, observers=observers)
+
+    with pytest.raises(Stopped):
+        run([lambda _: signal.raise_signal(signal.SIGTERM)])
+    run(lr=0.02)
+    text = capsys.readouterr().out
+    assert "interrupted training, with other settings (lr: 0.1 -> 0.02)" in text
+
+
 def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -105,12 +177,19 @@ def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, m
     monkeypatch.setattr(Objective, "__call__", exhausted)
     with pytest.raises(MscsError, match="hold 8 images per process") as caught:
         train(trainer(params, generated("cityscapes"), tmp_path, batch_size=8))
-    for advice in ("--processes 2", "precision=bf16", "batch_size=4: 50%", "crop_size=[32,64]: 33%"):
+    for advice in (
+        "model_options={checkpointing: true}",
+        "--processes 2",
+        "precision=bf16",
+        "batch_size=4: 50%",
+        "crop_size=[32,64]: 33%",
+    ):
         assert advice in str(caught.value)
 
 
 def test_milder_memory_advice_ends_where_it_is_taken(params):
-    settings = params.resolve(RUN, "mini", {"precision": "bf16", "batch_size": 4, "sampling": "all"}).settings
+    taken = {"precision": "bf16", "batch_size": 4, "model_options": {"checkpointing": True}}
+    settings = params.resolve(RUN, "mini", {**taken, "sampling": "all"}).settings
     names = [line.split(":")[0] for line in memory_advice(settings, 4)]
     assert names == ["--set sampling=balanced", "--set crop_size=[64,128]"]
 
@@ -216,9 +295,20 @@ def test_auxiliary_loss_is_weighted(params):
     assert total.item() == pytest.approx((terms["ce"] + 0.4 * terms["aux"]).item())
 
 
-def test_summary_averages_the_tail():
-    history = [{"step": i, "lr": 0.1, "loss": float(i)} for i in range(10)]
-    assert summary(history) == {"loss": 8.5}
+def test_an_auxiliary_head_of_weight_0_still_has_gradients(params):
+    labels = torch.zeros(2, 4, 4, dtype=torch.long)
+    logits, aux = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
+    total, terms, _ = Objective(1, 0.0, None, None)(ModelOutput(logits, aux, None), labels, [])
+    total.backward()
+    assert terms.keys() == {"ce"}
+    assert not aux.grad.any()
+
+
+def test_summary_averages_the_tail_without_overflown_gradients():
+    history = [{"step": i, "lr": 0.1, "loss": float(i), "gradient_norm": math.inf} for i in range(10)]
+    assert summary(history) == {"loss": 8.5, "gradient_norm": None}
+    history[-1]["gradient_norm"] = 3.0
+    assert summary(history)["gradient_norm"] == 3.0
 
 
 class Double(Trainer):

@@ -77,15 +77,21 @@ def test_killed_ten_times_the_weights_are_those_of_an_uninterrupted_run(generate
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_saves_and_the_next_start_goes_on(generated, tmp_path, signum, code, processes):
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_a_signal_saves_and_the_next_start_goes_on(generated, tmp_path, signum, code, processes, workers):
+    """One process is told with its whole group, readers included, as a terminal or scheduler does."""
     options = prepare(tmp_path / "run")
-    extra = ["--processes", str(processes), "--device", "cpu"]
+    extra = ["--processes", str(processes), "--workers", str(workers), "--device", "cpu"]
     command = [sys.executable, "-m", "mscs", *arguments(generated("cityscapes"), *extra)]
-    process = subprocess.Popen(command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, **options, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
     for line in process.stdout:
         if f"step 4/{STEPS}" in line:
-            process.send_signal(signum)
+            if processes == 1:
+                os.killpg(process.pid, signum)
+            else:
+                process.send_signal(signum)
             break
     rest, error = process.communicate(timeout=60)
     assert process.returncode == code, error

@@ -197,3 +197,70 @@ def test_light_commands_do_not_import_torch(command):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_options_of_the_model_on_the_command_line_add_to_those_of_the_recipe(params):
+    run = "ade20k-upernet-swint-ce"
+    before = params.resolve(run, "paper", {"recipe": "code"}).settings.model_options
+    asked = {"recipe": "code", "model_options": {"checkpointing": True}}
+    assert params.resolve(run, "paper", asked).settings.model_options == {**before, "checkpointing": True}
+
+
+def test_without_the_loss_there_is_no_projector(params):
+    assert params.resolve("cadis-ocrnet-r50-ours", "mini", {"contrastive": False}).settings.projector is None
+
+
+def test_numbers_without_a_point_are_numbers(params):
+    settings = params.resolve(
+        "cadis-ocrnet-r50-ours", "mini", parse_overrides(["lr=1e-3", "steps=1e3"])
+    ).settings
+    assert (settings.lr, settings.steps) == (1e-3, 1000)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("seeds=[]", "seeds: found \\[\\]"),
+        ("seeds=[0, 0]", "none twice"),
+        ("evaluation=[]", "at least one item"),
+        ("scale_range=[2, 0.5]", "the smaller one first"),
+        ("projector=null", "needs a projector"),
+        ("scale_weights=[1, 1, 1, 1]", "has 2 feature maps"),
+        ("cross_pairs=[[0, 9]]", "two scales out of 0 to 1"),
+        ("cross_pairs=[[1, 1]]", "two scales out of 0 to 1"),
+        ("images_per_group=3", "no divisor"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(params, pair, message):
+    with pytest.raises(UsageError, match=message):
+        params.resolve("cadis-ocrnet-r50-ours", "mini", parse_overrides([pair]))
+
+
+@pytest.mark.parametrize("value", ["[", "*a", "!!python/object:os.system x"])
+def test_a_value_that_is_no_yaml_is_one_line(value):
+    with pytest.raises(UsageError, match="not valid YAML") as caught:
+        parse_overrides([f"lr={value}"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  hflip: 0.5", "  hflip: 0.5\n  hflip: 0.4", "stands twice"),
+        ("profile: mini", "profile: [mini]", "unknown profile"),
+        ("steps_factor:", "steps_factor: abc #", "expected a number"),
+        ("\nruns:", "\nruns:\n  5: {}", "a run's id is text"),
+    ],
+)
+def test_slips_in_the_file_are_named(tmp_path, old, new, message):
+    path = tmp_path / "params.yaml"
+    path.write_text(Path("params.yaml").read_text().replace(old, new, 1))
+    with pytest.raises(UsageError, match=message):
+        load_params(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "params.yaml"):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load_params(path)

@@ -91,7 +91,7 @@ def _write_members(archive: Path, folder: Path, limits: Limits, progress: bool) 
     require_space(folder, archive.stat().st_size)
     is_zip = zipfile.is_zipfile(archive)
     members = _zip_members(archive, folder, allowed) if is_zip else _tar_members(archive)
-    members = tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=not progress)
+    members = tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None if progress else True)
     written = 0
     for count, member in enumerate(members):
         if count >= limits.num_files:

@@ -177,7 +177,8 @@ def _in_parallel(work: Callable[[Any], None], items: Sequence[Any], text: str, p
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(work, item) for item in items]
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc=text, disable=not progress):
+            quiet = None if progress else True  # None: no bar where the output is no terminal
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc=text, disable=quiet):
                 job.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -5,13 +5,16 @@ records how the tree was made. Every file is a function of the arguments of `wri
 byte. See `mscs.datasets.scenes` for what is drawn.
 """
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -148,6 +151,8 @@ def write_dataset(
 ) -> None:
     """Write a generated dataset into the folder `root`; a finished tree with the same arguments is kept.
 
+    Processes that ask for the same tree at once wait for the first one to draw it.
+
     Args:
         name: cityscapes, ade20k, pascal_context or cadis.
         root: the dataset's root folder; appears whole or not at all, and replaces an older generated tree.
@@ -155,7 +160,7 @@ def write_dataset(
         train: number of training images.
         val: number of validation images.
         image_size: (H, W), each at least 32; None means the dataset's default (see `RECIPES`).
-        progress: show a progress bar on stderr.
+        progress: show a progress bar where stderr is a terminal.
 
     Raises:
         UsageError: unknown dataset, impossible number or size, or `root` holds what was not generated.
@@ -176,18 +181,32 @@ def write_dataset(
         "image_size": list(size),
         "version": VERSION,
     }
+    root.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(root.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not _is_made(root, made):
+            _replace_tree(name, root, made, progress)
+    finally:
+        os.close(folder)
+
+
+def _is_made(root: Path, made: dict[str, object]) -> bool:
+    """Return whether `root` holds just this tree; what was not generated is left alone, with UsageError."""
     marker = root / MARKER
-    if marker.is_file() and json.loads(marker.read_text()) == made:
-        return
     if root.exists() and not marker.is_file() and any(root.iterdir()):
         raise UsageError(
             f"{root} is not empty and was not generated (no {MARKER}), so it is left alone. "
             "Name another folder, or remove this one"
         )
-    root.parent.mkdir(parents=True, exist_ok=True)
+    return marker.is_file() and json.loads(marker.read_text()) == made
+
+
+def _replace_tree(name: str, root: Path, made: dict[str, Any], progress: bool) -> None:
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        _write_tree(name, work, seed, {"train": train, "val": val}, size, progress)
+        counts = {split: made[split] for split in SPLITS}
+        _write_tree(name, work, made["seed"], counts, made["image_size"], progress)
         (work / MARKER).write_text(json.dumps(made, indent=2) + "\n")
         work.chmod(0o755)
         if root.exists():
@@ -198,10 +217,10 @@ def write_dataset(
 
 
 def _write_tree(
-    name: str, root: Path, seed: int, counts: dict[str, int], size: tuple[int, ...], progress: bool
+    name: str, root: Path, seed: int, counts: dict[str, int], size: list[int], progress: bool
 ) -> None:
     jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
-    for split, index in tqdm(jobs, desc=f"draw {name}", unit="image", disable=not progress):
+    for split, index in tqdm(jobs, desc=f"draw {name}", unit="image", disable=None if progress else True):
         picture, label = render(name, split, index, seed=seed, image_size=(size[0], size[1]))
         image_path, label_path = RECIPES[name].paths(split, index)
         _write_image(root / image_path, picture[..., ::-1])

@@ -125,7 +125,7 @@ def _in_parallel(
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         jobs = [pool.submit(_check, *entry) for entry in entries]
         try:
-            for job in tqdm(jobs, desc=text, disable=not progress):
+            for job in tqdm(jobs, desc=text, disable=None if progress else True):
                 yield job.result()
         finally:
             pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mscs.losses import contrastive, sampling
 from mscs.losses.groups import check_groups
+from mscs.losses.sampling import check_caps
 
 
 class LossTerms(NamedTuple):
@@ -75,6 +76,7 @@ class MultiScaleContrastiveLoss(nn.Module):
         contrastive.check_options(temperature, backend, precision)
         if sampling not in ("balanced", "all"):
             raise ValueError(f"unknown sampling {sampling!r}; accepted: all, balanced")
+        check_caps(min_views, max_views, max_anchors)
         scales = range(len(scale_weights))
         if not scales or any(a not in scales or b not in scales or a == b for a, b in cross_pairs):
             raise ValueError(
@@ -147,6 +149,10 @@ class MultiScaleContrastiveLoss(nn.Module):
         if len(features) != len(self.scale_weights):
             raise ValueError(f"{len(features)} feature maps for {len(self.scale_weights)} scale weights")
         sampling.check_maps(features, labels)
+        for a, b in self.cross_pairs:
+            channels = features[a].shape[1], features[b].shape[1]
+            if channels[0] != channels[1]:
+                raise ValueError(f"feature maps {a} and {b} are a pair, but have {channels} channels")
         per_group = check_groups(len(labels), self.images_per_group)
         count = len(labels) // per_group
         generators = [generator] * count if not isinstance(generator, Sequence) else list(generator)

@@ -91,6 +91,13 @@ def check_maps(features: list[Tensor], labels: Tensor) -> None:
             raise ValueError(f"feature map {level} is on {feature.device}, the labels on {labels.device}")
 
 
+def check_caps(min_views: int, max_views: int, max_anchors: int) -> None:
+    """Raise ValueError unless all three are whole numbers from 1."""
+    for name, value in (("min_views", min_views), ("max_views", max_views), ("max_anchors", max_anchors)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
+
+
 def downsample_labels(labels: Tensor, height: int, width: int) -> Tensor:
     """Return the (B, height, width) nearest neighbours: output i is input floor(i * H / height)."""
     rows = torch.arange(height, device=labels.device) * labels.shape[1] // height
@@ -135,8 +142,7 @@ class BalancedDraw:
         max_anchors: int,
         generator: torch.Generator | None = None,
     ) -> None:
-        if min(min_views, max_views, max_anchors) < 1:
-            raise ValueError("min_views, max_views and max_anchors must be at least 1")
+        check_caps(min_views, max_views, max_anchors)
         self.max_views, self.max_anchors = max_views, max_anchors
         sets, valid, invalid = _sets(labels, ignore_index)
         device = labels.device if generator is None else generator.device

@@ -36,6 +36,12 @@ def segmentation_loss(
             f"logits have shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
             "expected (B, K, H, W) and (B, H, W)"
         )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, found {labels.dtype}")
+    if class_weights is not None and class_weights.shape != logits.shape[1:2]:
+        raise ValueError(
+            f"class_weights have shape {tuple(class_weights.shape)} for {logits.shape[1]} classes"
+        )
     per_group = check_groups(len(logits), images_per_group)
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()

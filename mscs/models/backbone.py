@@ -213,6 +213,8 @@ def build_backbone(
         UsageError: unknown name or tag, or a network that cannot do what is asked.
     """
     architecture = _architecture(name)
+    if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
+        raise UsageError(f"drop_path_rate must be in [0, 1), found {drop_path_rate}")
     options = dict(backbone_options or {})
     weights = None
     if pretrained is True:
@@ -229,7 +231,7 @@ def build_backbone(
             backbone = _build_swin(name, drop_path_rate, output_stride, options)
         else:
             backbone = _build_other(name, drop_path_rate, output_stride, options)
-    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+    except (RuntimeError, TypeError, LookupError, NotImplementedError, AssertionError) as error:
         options.pop("pretrained_cfg_overlay", None)
         raise UsageError(f"timm cannot make a feature pyramid of {name!r} with {options}: {error}") from error
     if weights is not None:

@@ -92,6 +92,11 @@ class SegmentationModel(nn.Module):
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise UsageError(f"images must have shape (B, 3, H, W), found {tuple(images.shape)}")
+        if images.shape[0] == 0 or not images.is_floating_point():
+            raise UsageError(
+                f"images must be at least one and of a floating type, normalised; found {images.shape[0]} of "
+                f"{images.dtype}"
+            )
         stride = self.backbone.strides[-1]
         height, width = images.shape[-2:]
         if height < stride or width < stride:

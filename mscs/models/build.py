@@ -51,8 +51,12 @@ def build_model(
     for option in options:
         if option not in MODEL_OPTIONS[name]:
             raise UsageError(unknown_name(f"option of model {name!r}", option, MODEL_OPTIONS[name]))
-    if num_classes < 2:
-        raise UsageError(f"num_classes must be at least 2, found {num_classes}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise UsageError(f"num_classes must be at least 2, a whole number; found {num_classes!r}")
+    for option, value in options.items():
+        whole = option.endswith("channels") and value is not None
+        if whole and not (isinstance(value, int) and value > 0):
+            raise UsageError(f"{option} must be a whole number of at least 1, found {value!r}")
     settings = MODEL_OPTIONS[name] | options
     body_names = (*BACKBONE_DEFAULTS, *FUSION_DEFAULTS, "output_stride")
     body_settings = {key: settings.pop(key) for key in body_names if key in settings}

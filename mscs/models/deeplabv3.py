@@ -28,7 +28,7 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused map."""
-        if self.training and x.shape[0] == 1 and isinstance(self.mean[1], nn.BatchNorm2d):
+        if self.mean[1].training and x.shape[0] == 1 and isinstance(self.mean[1], nn.BatchNorm2d):
             raise UsageError(
                 "DeepLabV3 cannot train batch norm on the mean of a single image; "
                 "use at least two images per process or synchronised batch norm"

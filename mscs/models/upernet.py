@@ -29,7 +29,8 @@ class PyramidPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused map."""
         convolves_pixel = 1 in self.pool_sizes and not self.upsample_first
-        if convolves_pixel and self.training and x.shape[0] == 1 and isinstance(self.fuse[1], nn.BatchNorm2d):
+        norm = self.fuse[1]
+        if convolves_pixel and norm.training and x.shape[0] == 1 and isinstance(norm, nn.BatchNorm2d):
             raise UsageError(
                 "pyramid pooling to 1x1 cannot train batch norm on a batch of one image; "
                 "use a larger batch or ppm_upsample_first=True"

@@ -30,8 +30,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many types for broken files
         raise MscsError(
-            f"cannot read weights from {path}: {error}. It must be a complete .safetensors file, or a file "
-            "written by torch.save that holds tensors only"
+            f"cannot read weights from {path}: {str(error).splitlines()[0]}. It must be a complete "
+            ".safetensors file, or a file written by torch.save that holds tensors only"
         ) from error
     return unwrap(content)
 
@@ -45,7 +45,7 @@ def unwrap(content: object) -> dict[str, Tensor]:
         content = inner
     if not isinstance(content, Mapping):
         raise UsageError(f"a checkpoint must map names to tensors, found {type(content).__name__}")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {n: value for n, value in content.items() if isinstance(n, str) and isinstance(value, Tensor)}
     if not tensors:
         raise UsageError(f"the checkpoint holds no tensors; its keys are {sorted(map(str, content))[:8]}")
     for prefix in ("module.", "_orig_mod.", "model."):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,16 @@ def test_a_failure_leaves_the_old_tree_and_no_rubbish(
         write("cadis", root, train=2, val=1)
     assert digest(root) == before
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_two_that_want_the_same_tree_draw_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    write_tree = synth._write_tree
+    monkeypatch.setattr(synth, "_write_tree", lambda *args: (drawn.append(args[0]), write_tree(*args)))
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(write, "cadis", tmp_path / "set", train=2, val=1) for _ in range(2)]
+    assert jobs[0].result() == jobs[1].result()
+    assert drawn == ["cadis"]
 
 
 def test_real_data_is_never_replaced(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import SMALL
 
+from mscs.engine import freeze_batch_norm
 from mscs.errors import UsageError
 from mscs.models import ModelOutput, build_model, count_parameters
 
@@ -195,6 +196,14 @@ def test_one_image_trains_or_is_refused_clearly(case):
             model(pictures(1, 3, 64, 64))
     else:
         scalar(model(pictures(1, 3, 64, 64))).backward()
+
+
+@pytest.mark.parametrize("name", ["deeplabv3", "upernet"])
+def test_one_image_trains_with_frozen_norms(name):
+    options = {"ppm_upsample_first": False} if name == "upernet" else {}
+    model = build_model(name, "resnet18" if name == "upernet" else "resnet50", 5, **options).train()
+    freeze_batch_norm(model)
+    assert model(torch.randn(1, 3, 64, 64)).logits.shape == (1, 5, 64, 64)
 
 
 def test_pixel_sized_features_of_one_image_are_refused_in_training():

@@ -26,6 +26,7 @@ def params(monkeypatch, tmp_path):
 def measured(settings, folder, device=DEVICE, step_ms=250.0, **changes):
     options = {key: getattr(settings, key) for key in plan.OPTIONS}
     row = {"row": settings.schedule, "options": options, "step_ms": step_ms, "peak_bytes": 2**30}
+    row |= {"loss": settings.loss, "batch": settings.images_per_group}
     document = {
         "device": device,
         "profile": settings.profile,
@@ -47,7 +48,14 @@ def test_hours_are_steps_times_four_groups(params, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [{"device": "another"}, {"row": "cadis-x"}, {"options": dict.fromkeys(plan.OPTIONS)}, {"failed": "x"}],
+    [
+        {"device": "another"},
+        {"row": "cadis-x"},
+        {"loss": "ce"},
+        {"batch": 3},
+        {"options": dict.fromkeys(plan.OPTIONS)},
+        {"failed": "x"},
+    ],
 )
 def test_what_was_not_measured_is_unknown(params, tmp_path, other):
     settings = params.resolve(RUN).settings
