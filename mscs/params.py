@@ -209,11 +209,11 @@ class Params:
             for name, entry in document[block].items():
                 self._check_keys(entry, f"{block}.{name}", block)
         self._check_keys(document["defaults"], "defaults", None)
+        for run, entry in _mapping(document["runs"], f"{path}: runs").items():
+            self._check_run(run, entry)
         for family in ("profiles", "recipes"):
             for name, overlay in _mapping(document[family], f"{path}: {family}").items():
                 self._check_overlay(overlay, f"{family}.{name}")
-        for run, entry in _mapping(document["runs"], f"{path}: runs").items():
-            self._check_run(run, entry)
 
     @property
     def profiles(self) -> tuple[str, ...]:
