@@ -6,6 +6,7 @@ and V; one synchronisation reads them for any number of maps, and whether the la
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -94,7 +95,7 @@ def check_maps(features: list[Tensor], labels: Tensor) -> None:
 def check_caps(min_views: int, max_views: int, max_anchors: int) -> None:
     """Raise ValueError unless all three are whole numbers from 1."""
     for name, value in (("min_views", min_views), ("max_views", max_views), ("max_anchors", max_anchors)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
 
 

@@ -1,6 +1,7 @@
 """From a name to a model."""
 
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 
 from torch import nn
@@ -51,11 +52,11 @@ def build_model(
     for option in options:
         if option not in MODEL_OPTIONS[name]:
             raise UsageError(unknown_name(f"option of model {name!r}", option, MODEL_OPTIONS[name]))
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not isinstance(num_classes, Integral) or num_classes < 2:
         raise UsageError(f"num_classes must be at least 2, a whole number; found {num_classes!r}")
     for option, value in options.items():
         whole = option.endswith("channels") and value is not None
-        if whole and not (isinstance(value, int) and value > 0):
+        if whole and not (isinstance(value, Integral) and value > 0):
             raise UsageError(f"{option} must be a whole number of at least 1, found {value!r}")
     settings = MODEL_OPTIONS[name] | options
     body_names = (*BACKBONE_DEFAULTS, *FUSION_DEFAULTS, "output_stride")
