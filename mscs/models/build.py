@@ -63,7 +63,7 @@ def build_model(
     body_settings = {key: settings.pop(key) for key in body_names if key in settings}
     if body_settings.get("output_stride", 32) is None:
         body_settings["output_stride"] = 32 if backbone.startswith("hrnet") else 8
-    body = build_backbone(backbone, pretrained=pretrained, **body_settings)  # type: ignore[arg-type]
+    body = build_backbone(backbone, pretrained=pretrained, **body_settings)
     return BUILDERS[name](body, num_classes, projector, **settings)
 
 
