@@ -6,6 +6,7 @@ import math
 import resource
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -412,6 +413,33 @@ def test_the_loop_waits_for_the_device_at_logging_steps_only(
     train(job)
     assert per_step[1:5] == [allowed] * 4  # the first includes what came before the loop
     assert per_step[5] > allowed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("run", "allowed"), [(RUN, 1), ("cityscapes-hrnet-hr48-ce-b8-40k", 0)])
+def test_a_gpu_is_waited_for_at_logging_steps_only(params, generated, tmp_path, run, allowed):
+    """The same as PyTorch itself counts it, which sees waits that are no reads."""
+    settings = params.resolve(run, "mini", {**SMALL, "log_every": 6, "checkpoint_every": 6}).settings
+    world = World(0, 1, torch.device("cuda", 0))
+    job = Watched(settings, 0, world, open_dataset(settings, "train", generated("cityscapes")), tmp_path)
+    train(job)
+    assert [len(waits) for waits in job.waits[1:]] == [allowed] * 5
+
+
+class Watched(Trainer):
+    """Counts what makes the host wait in the forward and backward pass of every step."""
+
+    def _accumulate_gradients(self, *args):
+        self.__dict__.setdefault("waits", [])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return super()._accumulate_gradients(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                self.waits.append([str(w.message) for w in caught if "synchroniz" in str(w.message)])
 
 
 @pytest.mark.parametrize("overrides", [{"precision": "bf16"}, {"channels_last": False}])

@@ -194,6 +194,8 @@ def write_dataset(
 def _is_made(root: Path, made: dict[str, object]) -> bool:
     """Return whether `root` holds just this tree; what was not generated is left alone, with UsageError."""
     marker = root / MARKER
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file; name a folder for the dataset")
     if root.exists() and not marker.is_file() and any(root.iterdir()):
         raise UsageError(
             f"{root} is not empty and was not generated (no {MARKER}), so it is left alone. "

@@ -124,6 +124,12 @@ def test_a_failure_leaves_the_old_tree_and_no_rubbish(
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set").write_text("mine")
+    with pytest.raises(UsageError, match="is a file"):
+        write("cadis", tmp_path / "set", train=1, val=1)
+
+
 def test_two_that_want_the_same_tree_draw_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
     write_tree = synth._write_tree

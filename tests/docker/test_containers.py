@@ -190,7 +190,7 @@ def test_the_package_answers_from_any_folder(project):
 
 
 def test_dvclive_logs_beside_a_read_only_project(project):
-    compose(project, "train", RUN, "--log", "dvclive", "--set", "steps=4")
+    compose(project, "train", RUN, "--log", "dvclive", "--set", "steps=5")
     assert list(project.glob(f"work/mini/runs/{RUN}+*/logs/dvclive/seed-0/metrics.json"))
     assert not foreign(project)
 
