@@ -15,7 +15,7 @@ from mscs.params import Params, load_params
 from mscs.results import write_json, write_text
 from reproduce import pipeline
 from reproduce.cells import TABLES, cells, table_runs
-from reproduce.workers import devices, side_by_side
+from reproduce.workers import devices, side_by_side, visible_gpus
 
 FIGURES = {"fig1": "tsne", **dict.fromkeys(pipeline.FIGURE_RUNS, "qualitative")}
 
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "say what a target costs here, and start nothing")
     plan.add_argument("target", nargs="*", help="as for run (default: all)")
     plan.add_argument("--table", action="append", default=[], help="the same as naming the table")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices to plan for (default: 1)")
+    plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
     plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
     plan.add_argument("--json", action="store_true", help="print JSON")
 
@@ -165,14 +165,15 @@ def _profile(args: argparse.Namespace, params: Params) -> str:
 def _plan(args: argparse.Namespace) -> None:
     from reproduce import plan
 
-    if args.gpus < 1:
+    gpus = max(1, len(visible_gpus())) if args.gpus is None else args.gpus
+    if gpus < 1:
         raise UsageError("--gpus takes a number from 1")
     params = load_params()
     runs = _wanted([*args.target, *args.table], params)
     if args.measure:
         plan.measure([params.resolve(run).settings for run in runs])
     device = plan.device_name()
-    document = plan.document(plan.costs(params, runs, device), device, args.gpus)
+    document = plan.document(plan.costs(params, runs, device), device, gpus)
     print(json.dumps(document, indent=1) if args.json else plan.text(document))
 
 

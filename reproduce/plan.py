@@ -9,7 +9,7 @@ import heapq
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Cost:
     run: str
     state: str
     steps: int
+    left: int
     images: int
     hours: float | None
     group_bytes: int | None
@@ -38,7 +39,7 @@ class Cost:
     @property
     def open(self) -> bool:
         """Whether it has still to be trained."""
-        return self.state == "to do"
+        return self.left > 0
 
 
 def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
@@ -50,8 +51,19 @@ def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
         row = measurement(settings, device)
         hours = None if row is None else steps * GROUPS * row["step_ms"] / 3.6e6
         memory = None if row is None else row["peak_bytes"]
-        found.append(Cost(run, state(settings), steps, steps * settings.batch_size, hours, memory))
+        now, left = state(settings), 0
+        if now == "to do":
+            left = steps - saved_steps(settings)
+            now = "started" if left < steps else now
+        found.append(Cost(run, now, steps, left, steps * settings.batch_size, hours, memory))
     return found
+
+
+def saved_steps(settings: Settings) -> int:
+    """Return how many steps of a run lie in checkpoints, over all its seeds."""
+    folder = WORK / settings.profile / "checkpoints" / f"{settings.run}-{settings.digest()}"
+    newest = [max(seed.glob("step-*.json"), default=None) for seed in folder.glob("seed-*")]
+    return sum(int(read_json(path)["step"]) for path in newest if path is not None)
 
 
 def state(settings: Settings) -> str:
@@ -118,8 +130,15 @@ def document(found: Sequence[Cost], device: str, devices: int) -> dict[str, Any]
         "devices": devices,
         "runs": [vars(cost) for cost in found],
         "total": _total(found, devices),
-        "to_do": _total([cost for cost in found if cost.open], devices),
+        "to_do": _total([_rest(cost) for cost in found if cost.open], devices),
     }
+
+
+def _rest(cost: Cost) -> Cost:
+    """Return what of a run has still to be done."""
+    share = cost.left / cost.steps
+    hours = None if cost.hours is None else cost.hours * share
+    return replace(cost, steps=cost.left, images=round(cost.images * share), hours=hours)
 
 
 def _total(found: Sequence[Cost], devices: int) -> dict[str, Any]:

@@ -79,6 +79,19 @@ def test_a_run_is_done_only_under_its_own_settings(params, tmp_path):
     assert plan.state(settings) == "to do"
 
 
+def test_a_run_that_has_begun_costs_what_is_left(params, tmp_path):
+    settings = params.resolve(RUN).settings
+    measured(settings, tmp_path / "measured")
+    folder = tmp_path / "work" / settings.profile / "checkpoints" / f"{RUN}-{settings.digest()}" / "seed-0"
+    for step in (4, settings.steps // 2):
+        write_json(folder / f"step-{step:08d}.json", {"step": step})
+    (cost,) = plan.costs(params, [RUN], DEVICE)
+    assert (cost.state, cost.left) == ("started", settings.steps - settings.steps // 2)
+    document = plan.document([cost], DEVICE, 1)
+    assert document["to_do"]["hours"] == pytest.approx(document["total"]["hours"] / 2)
+    assert document["to_do"]["steps"] == cost.left
+
+
 def test_the_wall_time_is_that_of_the_device_which_ends_last():
     assert plan.wall_hours([3, 1, 1, 2], 1) == 7
     assert plan.wall_hours([3, 1, 1, 2], 2) == 4
