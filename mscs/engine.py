@@ -692,7 +692,8 @@ def _train_seed(trainer: Trainer, path: Path, header: dict[str, str]) -> None:
 
 def _tell_of_others(root: Path, settings: Settings) -> None:
     """Name the interrupted trainings of this run under other settings, which this one does not go on from."""
-    for folder in sorted(root.parent.glob(f"{settings.run}-*")):
+    digest = "[0-9a-f]" * len(settings.digest())
+    for folder in sorted(root.parent.glob(f"{settings.run}-{digest}")):
         records = sorted(folder.glob("seed-*/step-*.json"))
         if folder != root and records:
             changes = differences(read_json(records[-1])["settings"], settings.phase("train"))

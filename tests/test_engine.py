@@ -164,6 +164,8 @@ def test_an_interrupted_training_under_other_settings_is_named(params, generated
         settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, **overrides}).settings
         return train_run(settings, root, files, tmp_path / "checkpoints", world, observers=observers)
 
+    (tmp_path / "checkpoints" / f"{RUN}-b8-0123456789ab" / "seed-0").mkdir(parents=True)  # of another run
+    (tmp_path / "checkpoints" / f"{RUN}-b8-0123456789ab" / "seed-0" / "step-00000001.json").write_text("{}")
     with pytest.raises(Stopped):
         run([lambda _: signal.raise_signal(signal.SIGTERM)])
     run(lr=0.02)

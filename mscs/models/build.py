@@ -52,6 +52,8 @@ def build_model(
     for option in options:
         if option not in MODEL_OPTIONS[name]:
             raise UsageError(unknown_name(f"option of model {name!r}", option, MODEL_OPTIONS[name]))
+    if not isinstance(backbone, str):
+        raise UsageError(f"backbone must be a name from timm.list_models(), found {backbone!r}")
     if not isinstance(num_classes, Integral) or num_classes < 2:
         raise UsageError(f"num_classes must be at least 2, a whole number; found {num_classes!r}")
     for option, value in options.items():
