@@ -101,45 +101,27 @@ def free_port():
         return server.getsockname()[1]
 
 
-def workers_of(launcher):
-    """Return the process ids of a launcher's children that train, in order of rank."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int(re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())[1])
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
-        if parent == launcher and ranks:
-            found.append((ranks[0], int(folder.name)))
-    return [pid for _, pid in sorted(found)]
+def children_of(parent):
+    """Return the process ids of a process's children."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(generated, tmp_path):
-    train = command(generated("cityscapes"))
-    two = ["--standalone", "--nproc-per-node=2"]
-    undisturbed = subprocess.run(
-        [*TORCHRUN, *two, *train], **options(tmp_path / "whole"), capture_output=True, check=False
-    )
+    train = [sys.executable, *command(generated("cityscapes")), "--processes=2", "--restarts=1"]
+    undisturbed = subprocess.run(train, **options(tmp_path / "whole"), capture_output=True, check=False)
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
-    where = options(tmp_path / "killed")
-    # else torchrun keeps one store for all its starts, where a new worker finds the addresses of dead ones
-    where["env"] |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    launcher = subprocess.Popen(
-        [*TORCHRUN, *two, "--max-restarts=1", *train],
-        **where,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+    started = subprocess.Popen(
+        train, **options(tmp_path / "killed"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     output, killed = [], False
-    for line in launcher.stdout:
+    for line in started.stdout:
         output.append(line)
         if "step 8/20" in line and not killed:
-            os.kill(workers_of(launcher.pid)[1], signal.SIGKILL)
+            (launcher,) = children_of(started.pid)
+            os.kill(children_of(launcher)[1], signal.SIGKILL)
             killed = True
-    assert launcher.wait() == 0
+    assert started.wait() == 0
     assert killed
     assert any(re.search("going on from step [69]", line) for line in output)
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
