@@ -56,14 +56,14 @@ TABLE_2A = {
 }
 
 
-def rows_of_the_paper(pattern):
-    """Yield one job per row of Tables 4 to 7 whose name contains `pattern`, and per peer of its model."""
+def rows_of_the_paper(patterns):
+    """Yield one job per row of Tables 4 to 7 with a pattern in its name, and one per peer of its model."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     from mscs.datasets import label_set
 
     for name, schedule in params["schedules"].items():
         dataset, model = name.split("-", 1)
-        if pattern not in name:
+        if not any(pattern in name for pattern in patterns):
             continue
         entry = params["models"][model]
         height, width = schedule["crop_size"]
@@ -268,7 +268,7 @@ def parse():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="an eighth of each side, two images, one repeat")
-    parser.add_argument("--rows", default="", help="only rows whose name contains this")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
     parser.add_argument("--libraries", nargs="+", default=["mscs", "torchvision", "smp"])
     parser.add_argument("--table-2a", action="store_true", help="measure Table 2(a) without a GPU too")
     parser.add_argument("--repeats", type=int, default=3, help="median of so many, after one warm-up")

@@ -25,17 +25,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(build_parser(), argv)
 
 
+class _Commands:
+    """The subcommands of one parser, all alike."""
+
+    def __init__(self, parser: argparse.ArgumentParser):
+        self._commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(
+        self, name: str, handler: object, text: str, *, profile: bool = False, as_json: bool = False
+    ) -> argparse.ArgumentParser:
+        """Add one command, with the arguments that many have."""
+        sub = self._commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(handler=handler)
+        if profile:
+            sub.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+        if as_json:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all subcommands."""
     parser = argparse.ArgumentParser(prog="python -m reproduce", description=__doc__)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = _Commands(parser)
+    _add_pipeline(commands)
+    _add_results(commands)
+    _add_measurements(commands)
+    return parser
 
-    def command(name: str, handler: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(handler=handler)
-        return sub
 
-    run = command("run", _run, "bring tables, figures, runs or everything up to date")
+def _add_pipeline(commands: _Commands) -> None:
+    run = commands.add("run", _run, "bring tables, figures, runs or everything up to date")
     run.add_argument(
         "target",
         nargs="*",
@@ -51,64 +71,60 @@ def build_parser() -> argparse.ArgumentParser:
     )
     side.add_argument("--jobs", type=int, metavar="N", help="train N runs side by side, wherever they run")
 
-    plan = command("plan", _plan, "say what a target costs here, and start nothing")
+    plan = commands.add("plan", _plan, "say what a target costs here, and start nothing", as_json=True)
     plan.add_argument("target", nargs="*", help="as for run (default: all)")
     plan.add_argument("--table", action="append", default=[], help="the same as naming the table")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
     plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
-    plan.add_argument("--json", action="store_true", help="print JSON")
 
-    listing = command("cells", _cells, "list every cell of Tables 1-3 and the run that fills it")
-    listing.add_argument("--json", action="store_true", help="print JSON")
+    commands.add("resolve", _resolve, "write resolved.json, the settings of every run", profile=True)
+    commands.add(
+        "pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
+    )
 
-    tables = command("tables", _tables, "rewrite the tables from the results that are there")
+
+def _add_results(commands: _Commands) -> None:
+    commands.add("cells", _cells, "list every cell of Tables 1-3 and the run that fills it", as_json=True)
+    tables = commands.add(
+        "tables", _tables, "rewrite the tables from the results that are there", profile=True
+    )
     tables.add_argument("table", nargs="*", help="1a 1b 2a 2b 3, or 4 to 7 for the settings (default: all)")
-    tables.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+    commands.add("report", _report, "rewrite report.html from the results that are there", profile=True)
+    commands.add("cards", _cards, "write model and data cards from the results that are there", profile=True)
 
-    report = command("report", _report, "rewrite report.html from the results that are there")
-    report.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
-
-    cards = command("cards", _cards, "write model and data cards from the results that are there")
-    cards.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
-
-    resolve = command("resolve", _resolve, "write resolved.json, the settings of every run")
-    resolve.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
-
-    ledger = command("ledger", _ledger, "print where the sources disagree and what is taken")
+    ledger = commands.add(
+        "ledger", _ledger, "print where the sources disagree and what is taken", as_json=True
+    )
     ledger.add_argument("run", nargs="?", help="only what touches this run")
     ledger.add_argument(
         "--recipe", choices=("paper", "code", "upstream"), default="paper", help="default: paper"
     )
-    ledger.add_argument("--json", action="store_true", help="print JSON")
 
-    verify = command("verify", _verify, "compare every cell and claim with the paper")
-    verify.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
-    verify.add_argument("--json", action="store_true", help="print JSON")
+    commands.add("verify", _verify, "compare every cell and claim with the paper", profile=True, as_json=True)
 
-    compare = command("compare", _compare, "show what changed between two commits, and which cells moved")
+    text = "show what changed between two commits, and which cells moved"
+    compare = commands.add("compare", _compare, text, as_json=True)
     compare.add_argument(
         "first", metavar="REV_A", help="commit, branch, tag, DVC experiment, or . (working tree)"
     )
     compare.add_argument("second", metavar="REV_B", nargs="?", default=".", help="the same (default: .)")
     compare.add_argument("--profile", help="mini or paper (default: the one in params.yaml of REV_B)")
     compare.add_argument("--html", metavar="FILE", help="write a page")
-    compare.add_argument("--json", action="store_true", help="print JSON")
 
-    memory = command("memory", _memory, "measure the GPU memory of Table 2(a)'s rows, without any dataset")
-    memory.add_argument("--profile", help="where the result goes (default: the one in params.yaml)")
 
-    calibrate = command("calibrate", _calibrate, "score a published checkpoint; without NAME list them")
+def _add_measurements(commands: _Commands) -> None:
+    commands.add(
+        "memory", _memory, "measure the GPU memory of Table 2(a)'s rows, without any dataset", profile=True
+    )
+    text = "score a published checkpoint; without NAME list them"
+    calibrate = commands.add("calibrate", _calibrate, text)
     calibrate.add_argument("name", metavar="NAME", nargs="?", help="which one")
     calibrate.add_argument("--weights", type=Path, metavar="PATH", help="its downloaded file")
     calibrate.add_argument("--data", type=Path, metavar="ROOT", help="folder of its dataset")
     calibrate.add_argument("--ss", action="store_true", help="single scale only")
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
-    command("params", _parameters, "count the parameters of every network, without allocating weights")
-    command(
-        "pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
-    )
-    return parser
+    commands.add("params", _parameters, "count the parameters of every network, without allocating weights")
 
 
 def stages_of(target: str, params: Params) -> list[str]:
