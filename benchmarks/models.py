@@ -15,7 +15,6 @@ Writes models.json and models.md to benchmarks/results.
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -229,10 +228,11 @@ def run_job(job, arguments):
 def machine(precision):
     import torch
 
+    from mscs.provenance import machine as here
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": gpu
-        or f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": gpu or f"{here()['cpu']}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "precision": precision,
     }
@@ -314,7 +314,8 @@ def main():
         header = (
             f"Measured by benchmarks/models.py on {facts['machine']['device']}, torch {torch.__version__}, "
         )
-        header += f"{arguments.precision}{', quick' if arguments.quick else ''}.\n\n"
+        header += f"{arguments.precision}, repeats after a warm-up: {arguments.repeats}"
+        header += f"{', quick' if arguments.quick else ''}.\n\n"
         write(arguments.output / "models.md", header + table(results) + "\n")
 
 
