@@ -112,3 +112,10 @@ def test_targets_that_train_nothing_and_unknown_ones(params):
     assert command.runs_of("report", params) == command.pipeline.default_runs(params)
     with pytest.raises(UsageError, match="2c"):
         command._wanted(["2c"], params)
+
+
+@pytest.mark.parametrize("verb", ["tables", "report", "cards", "verify", "resolve", "memory"])
+def test_an_unknown_profile_is_refused_before_anything_is_written(verb, capsys):
+    assert command.main([verb, "--profile", "foo"]) == 2
+    assert "unknown profile 'foo'" in capsys.readouterr().err
+    assert not command.RESULTS.joinpath("foo").exists()
