@@ -49,7 +49,9 @@ from mscs.transforms import ColorJitter, Photometric, PhotoMetricDistortion, Tra
 HIDDEN = ("step", "groups", "views", "anchors")
 """Beginnings of the names in a log row that go to files only."""
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE = {"fp64": torch.float64}
+"""Of weights and images, where it is not float32."""
 PHOTOMETRIC: dict[str, Photometric | None] = {
     "jitter": ColorJitter(),
     "photometric": PhotoMetricDistortion(),
@@ -154,7 +156,7 @@ def build_network(
     """Build the model; its random weights are a function of the seed (None: weights will be loaded)."""
     if seed is not None:
         torch.manual_seed(derive_seed(seed, "weights"))
-    return build_model(
+    model = build_model(
         settings.model,
         settings.backbone,
         num_classes,
@@ -162,6 +164,7 @@ def build_network(
         pretrained=settings.pretrained if seed is not None else False,
         **settings.model_options,
     )
+    return model.to(DTYPE.get(settings.precision, torch.float32))
 
 
 def build_transform(settings: Settings) -> TrainTransform:
@@ -337,7 +340,9 @@ class Trainer:
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
-        images = batch.images.to(self.world.device, non_blocking=True).contiguous(memory_format=layout)
+        dtype = DTYPE.get(self.settings.precision, torch.float32)
+        images = batch.images.to(self.world.device, dtype, non_blocking=True)
+        images = images.contiguous(memory_format=layout)
         return images, batch.labels.to(self.world.device, non_blocking=True)
 
     def _generators(self, step: int) -> list[torch.Generator]:

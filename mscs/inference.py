@@ -59,6 +59,7 @@ class Predictor:
         self.protocol = protocol
         self.device = torch.device(device)
         self._model = model.to(self.device).eval()
+        self._dtype = next((p.dtype for p in model.parameters()), torch.float32)
         self._autocast = autocast
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._max_batch = max_batch
@@ -72,7 +73,7 @@ class Predictor:
         shown = pad_reflect(image, self.protocol.reflect_pad)
         native = shown.shape[:2]
         shown, inner = self._fit(shown)
-        pixels = normalize(shown)[None].to(self.device)
+        pixels = normalize(shown)[None].to(self.device, self._dtype)
         scores = self._merge_scales(pixels) if multi_scale else self._logits(pixels)
         scores = scores[:, :, : inner[0], : inner[1]]
         scores = resize(scores, native)[0]
@@ -99,7 +100,8 @@ class Predictor:
     def _logits(self, pixels: Tensor) -> Tensor:
         pixels = pixels.contiguous(memory_format=self._format)
         with torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None):
-            return self._model(pixels).logits.float()
+            logits = self._model(pixels).logits
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _merge_scales(self, pixels: Tensor) -> Tensor:
         size = (pixels.shape[2], pixels.shape[3])
@@ -113,7 +115,7 @@ class Predictor:
             scores = resize(scores, size)
             total = scores if total is None else total.add_(scores)
         assert total is not None
-        return total.float()
+        return total.to(pixels.dtype)
 
     def _scaled_size(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         if self.protocol.ms_long_side is not None:

@@ -137,7 +137,7 @@ class Settings:
 
     accumulation_steps: int = _engine("train", (1, GROUPS))
     batch_norm: Literal["batch", "part", "frozen"] = _engine()
-    precision: Literal["fp32", "bf16", "fp16"] = _engine("both")
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = _engine("both")
     tf32: bool = _engine("both")
     channels_last: bool = _engine("both")
     compile: bool = _engine("both")
