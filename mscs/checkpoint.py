@@ -1,7 +1,8 @@
 """Checkpoints of a training that goes on, and the final weights.
 
 A checkpoint is `step-XXXXXXXX.pt` beside `step-XXXXXXXX.json` (step, SHA-256, settings): readable without
-loading it. The last two are kept; a damaged newest one falls back to the one before, with a warning.
+loading it, while what counts is inside the checksum. The last two are kept; a damaged newest one falls back
+to the one before, with a warning.
 """
 
 import fcntl
@@ -26,14 +27,16 @@ HEADER = "mscs"
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; a second trainer in the same folder is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+def lock(path: Path) -> Iterator[None]:
+    """Hold the outputs that `path` stands for; a second training that writes the same ones is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another process is training in {folder}; wait for it or stop it") from None
+            raise UsageError(
+                f"another process is training into {path.parent}; wait for it or stop it"
+            ) from None
         yield
 
 
@@ -45,23 +48,40 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary:
         with _full_disk(path):
-            torch.save(dict(state), temporary)
+            torch.save({**state, "step": step, "settings": dict(settings)}, temporary)
         digest = file_digest(temporary)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
+    for later in folder.glob("step-*.pt"):
+        if later > path:
+            _remove(later)
+    prune(folder, KEPT)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and the unfinished files of saves that were killed."""
     found = sorted(folder.glob("step-*.pt"))
-    kept = [old for old in found if old <= path][-KEPT:]
-    for old in found:
-        if old not in kept:
-            old.unlink()
-            old.with_suffix(".json").unlink(missing_ok=True)
+    for old in found[: len(found) - keep]:
+        _remove(old)
+    for unfinished in folder.glob(".step-*"):
+        unfinished.unlink()
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def load_checkpoint(
-    folder: Path, settings: Mapping[str, Any], device: torch.device | str = "cpu"
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    *,
+    accept_changed: bool = False,
 ) -> tuple[int, dict[str, Any]] | None:
     """Return (step, state) of the newest sound checkpoint, or None where there is none.
 
-    Raises UsageError where the checkpoint was written under other settings, listing the keys that differ.
+    Raises UsageError where the checkpoint was written under other settings, listing the keys that differ, or
+    by another version of the code, unless `accept_changed`.
     """
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
@@ -69,25 +89,29 @@ def load_checkpoint(
             if file_digest(path) != info["sha256"]:
                 raise MscsError("its checksum does not match")
             state = torch.load(path, map_location=device, weights_only=True)
+            step, before = state.pop("step"), state.pop("settings")
         except Exception as error:
             warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before", stacklevel=2)
             continue
-        changes = differences(info["settings"], settings)
+        changes = differences(before, settings)
+        if changes == differences(before, settings, "numerics") and accept_changed:
+            changes = ""
         if changes:
+            remedy = ", --accept-changed to go on with the code as it is now" if "numerics" in changes else ""
             raise UsageError(
-                f"{path} was written under other settings ({changes}); use --fresh to start again"
+                f"{path} was written under other settings ({changes}); use --fresh to start again{remedy}"
             )
-        return info["step"], state
+        return step, state
     return None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return which of the settings `now` were others `before`, as "key: value -> value, ..."."""
-    changed = [key for key in now if now[key] != before.get(key)]
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *keys: str) -> str:
+    """Return how settings (all, or those named) have changed since `before`: "key: old -> new, ..."."""
+    changed = [key for key in keys or now if now[key] != before.get(key)]
     return ", ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in changed)
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, str]) -> None:
+def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write final weights as safetensors, with `info` in the file's header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_path(path) as temporary, _full_disk(path):
@@ -95,16 +119,20 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, s
         save_file(tensors, temporary, metadata={HEADER: json.dumps(dict(info), sort_keys=True)})
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return (tensors, header) of a weights file written by `save_weights`."""
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (tensors, header) of a weights file; values that no training leaves are an MscsError."""
     header = read_header(path)
     try:
-        return load_file(path), header
+        tensors = load_file(path)
     except SafetensorError as error:
         raise MscsError(f"weights {path} cannot be read: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise MscsError(f"weights {path}: {name} holds values that are not finite; train the run again")
+    return tensors, header
 
 
-def read_header(path: str | Path) -> dict[str, str]:
+def read_header(path: str | Path) -> dict[str, Any]:
     """Return what `save_weights` was told to put into the header."""
     try:
         with safe_open(path, framework="pt") as file:

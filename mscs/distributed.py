@@ -1,6 +1,7 @@
 """Where this process stands among its peers; every function is a no-op for a single process.
 
-`torchrun` is the only launcher. A batch is four groups of images, so 1, 2 or 4 processes can share it.
+`torchrun` is the only launcher. A batch is divided by groups of images: their number says how many processes
+can share it.
 """
 
 import os
@@ -13,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from mscs.errors import UsageError
-
-WORLD_SIZES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,6 @@ def join_world(device: str = "auto") -> Iterator[World]:
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if size not in WORLD_SIZES:
-        raise UsageError(
-            f"{size} processes were started, but a batch is four groups of images: use 1, 2 or 4 "
-            "(8 GPUs run two trainings side by side)"
-        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device cuda was asked for, but PyTorch sees no GPU; run `mscs doctor`, or use --device cpu"
@@ -77,7 +71,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         world = World(rank, size, place, dist.new_group(backend="gloo") if on_gpu else None)
-        world.largest(0)  # nobody leaves before everybody is here, even if there is nothing to do
+        world.largest(0)  # waits for all: a process with nothing to do must not end before others have joined
         yield world
     finally:
         dist.destroy_process_group()

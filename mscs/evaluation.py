@@ -2,154 +2,113 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from mscs.checkpoint import read_weights
+from mscs import build
 from mscs.datasets import Dataset, Sample
 from mscs.distributed import World, all_sum
-from mscs.engine import AUTOCAST, apply_machine_settings, build_network, open_dataset
-from mscs.inference import Predictor, Protocol
-from mscs.metrics import boundary_counts, boundary_scores, confusion_matrix, majority_miou, scores
-from mscs.models.weights import load_strictly
-from mscs.params import Settings
+from mscs.inference import Predictor
+from mscs.metrics import confusion_matrix, majority_miou, scores
+from mscs.settings import Settings
 from mscs.transforms import pad_reflect
 
-MODES = {"ss": False, "ms": True}
-
-
-def build_protocol(settings: Settings) -> Protocol:
-    """Return the evaluation protocol that `settings` ask for."""
-    return Protocol(
-        short_side=settings.short_side,
-        pad_multiple=settings.pad_multiple,
-        reflect_pad=settings.reflect_pad,
-        score_padding=settings.score_padding,
-        ms_scales=settings.ms_scales,
-        ms_long_side=settings.ms_long_side,
-        ms_window=settings.ms_window,
-        ms_overlap=settings.ms_overlap,
-        ms_merge=settings.ms_merge,
-    )
-
-
-def load_network(settings: Settings, num_classes: int, weights: Path) -> nn.Module:
-    """Build the model without projectors and load trained weights, strictly."""
-    model = build_network(settings, num_classes, seed=None, projector=False)
-    tensors, _ = read_weights(weights)
-    load_strictly(model, {k: v for k, v in tensors.items() if not k.startswith("projectors.")})
-    return model
-
-
-def build_predictor(settings: Settings, num_classes: int, weights: Path, device: torch.device) -> Predictor:
-    """Return the predictor of a trained run."""
-    model = load_network(settings, num_classes, weights)
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    return Predictor(
-        model,
-        build_protocol(settings),
-        device=device,
-        autocast=AUTOCAST[settings.precision],
-        channels_last=settings.channels_last,
-    )
+OnPrediction = Callable[[str, Dataset, Sample, np.ndarray], None]
 
 
 def scored_label(sample: Sample, settings: Settings) -> Tensor:
     """Return the label to score against: with mirrored rows where the protocol counts them."""
-    label = pad_reflect(sample.label, settings.reflect_pad) if settings.score_padding else sample.label
-    return torch.from_numpy(np.ascontiguousarray(label))
+    rows = settings.data.reflect_pad if settings.evaluation.score_padding else (0, 0)
+    return torch.from_numpy(np.ascontiguousarray(pad_reflect(sample.label, rows)))
 
 
-class Tally(NamedTuple):
-    """What evaluation counts over a split, summed over all processes, on the CPU."""
-
-    confusion: Tensor
-    """(K, K) int64."""
-    boundary: Tensor | None
-    """(2, K) int64, see `boundary_counts`."""
-
-
-def evaluate_model(
+def count_pixels(
     predictor: Predictor,
     dataset: Dataset,
     settings: Settings,
     world: World,
     *,
     multi_scale: bool,
-    boundary: bool = False,
     on_prediction: Callable[[Sample, np.ndarray], None] | None = None,
-) -> Tally:
-    """Count a split; `on_prediction` gets every sample with its training ids (H, W) uint8 at native size."""
-    classes, ignored = dataset.num_classes, dataset.ignore_index
+) -> Tensor:
+    """Return the confusion matrix of a split, (K, K) int64 on the CPU, summed over all processes.
+
+    `on_prediction` gets every sample with its training ids (H, W) uint8 at native size.
+    """
+    classes = dataset.num_classes
     total = torch.zeros(classes, classes, dtype=torch.int64, device=predictor.device)
-    edges = torch.zeros(2, classes, dtype=torch.int64, device=predictor.device)
+    top = settings.data.reflect_pad[0] if settings.evaluation.score_padding else 0
     for sample in _progress(_share(dataset, world), dataset, settings, world):
         prediction = predictor.scores(sample.image, multi_scale=multi_scale).argmax(0)
         label = scored_label(sample, settings).to(prediction.device)
-        total += confusion_matrix(prediction, label, classes, ignored)
-        if boundary:
-            edges += boundary_counts(prediction, label, classes, ignored)
+        total += confusion_matrix(prediction, label, classes, dataset.ignore_index)
         if on_prediction is not None:
-            top = settings.reflect_pad[0] if settings.score_padding else 0
             native = prediction[top : top + len(sample.label)]
             on_prediction(sample, native.cpu().numpy().astype(np.uint8))
-    return Tally(all_sum(total).cpu(), all_sum(edges).cpu() if boundary else None)
+    return all_sum(total).cpu()
 
 
-def evaluate_run(
+def evaluate_weights(
     settings: Settings,
+    seed: int,
+    weights: Path,
     data_root: Path,
-    weights: dict[int, Path],
     world: World,
     *,
     split: str = "val",
-    boundary: bool = False,
-    save: Callable[[str, Dataset, Sample, np.ndarray], None] | None = None,
+    save: OnPrediction | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Evaluate every seed of a run; return scores by mode and seed, and the confusion matrices behind them.
+    """Score the weights of one seed; return scores by mode and the confusion matrices behind them.
 
     `save` gets "<mode>-seed-<seed>", the dataset, and every sample with its prediction.
     """
-    apply_machine_settings(settings)
-    dataset = open_dataset(settings, split, data_root)
-    record: dict[str, Any] = {mode: {"seeds": {}} for mode in settings.evaluation}
+    build.apply_machine_settings(settings)
+    dataset = build.open_dataset(settings, split, data_root)
+    predictor = build.predictor(settings, dataset.num_classes, weights, world.device)
+    record: dict[str, Any] = {}
     matrices: dict[str, np.ndarray] = {}
-    for seed, path in weights.items():
-        predictor = build_predictor(settings, dataset.num_classes, path, world.device)
-        for mode in settings.evaluation:
-            name = f"{mode}-seed-{seed}"
-            tally = evaluate_model(
-                predictor,
-                dataset,
-                settings,
-                world,
-                multi_scale=MODES[mode],
-                boundary=boundary,
-                on_prediction=partial(save, name, dataset) if save is not None else None,
-            )
-            found = scores(tally.confusion, settings.absent_classes)
-            if tally.boundary is not None:
-                found |= boundary_scores(tally.boundary, settings.absent_classes)
-            record[mode]["seeds"][str(seed)] = found
-            record["majority_miou"] = majority_miou(tally.confusion, settings.absent_classes)
-            matrices[name] = tally.confusion.numpy()
-    for mode in settings.evaluation:
-        values = [entry["miou"] for entry in record[mode]["seeds"].values()]
-        record[mode] = {
-            "miou": float(np.mean(values)),
-            "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-            "n": len(values),
-            **record[mode],
-        }
+    for mode in settings.evaluation.modes:
+        name = f"{mode}-seed-{seed}"
+
+        def keep(sample: Sample, ids: np.ndarray, name: str = name) -> None:
+            if save is not None:
+                save(name, dataset, sample, ids)
+
+        confusion = count_pixels(
+            predictor,
+            dataset,
+            settings,
+            world,
+            multi_scale=mode == "ms",
+            on_prediction=keep if save is not None else None,
+        )
+        found = scores(confusion, settings.evaluation.absent_classes)
+        record[mode] = {"miou": found["miou"], "std": None, "n": 1, "seeds": {str(seed): found}}
+        record["majority_miou"] = majority_miou(confusion, settings.evaluation.absent_classes)
+        matrices[name] = confusion.numpy()
     record["classes"] = list(dataset.classes)
     return record, matrices
+
+
+def join_seeds(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return one record of several seeds of a run, with mean and standard deviation of their mIoU."""
+    joined: dict[str, Any] = {}
+    for record in records:
+        for mode in ("ss", "ms"):
+            if mode in record:
+                joined.setdefault(mode, {"seeds": {}})["seeds"].update(record[mode]["seeds"])
+        joined |= {key: record[key] for key in ("majority_miou", "classes")}
+    for mode in ("ss", "ms"):
+        if mode in joined:
+            values = [entry["miou"] for entry in joined[mode]["seeds"].values()]
+            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            joined[mode] = {"miou": float(np.mean(values)), "std": std, "n": len(values), **joined[mode]}
+    return joined
 
 
 def nonzero(matrix: np.ndarray) -> list[list[int]]:

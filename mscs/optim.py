@@ -69,3 +69,8 @@ def adamw_groups(
         spared = key.startswith("backbone.") and any(word in key for word in NO_DECAY)
         (free if spared else decayed).append(value)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """Return the 2-norm over all gradients of a model, a scalar on its device."""
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -1,6 +1,6 @@
 """What watches a training: DVCLive, TensorBoard and pictures of predictions. No part of any result.
 
-A tracker is an observer of `mscs.engine`: called with a snapshot at every logging step. It is told all rows
+A tracker is an observer of `mscs.train`: called with a snapshot at every logging step. It is told all rows
 since step 0, so a training that goes on from a checkpoint leaves the same curves as one that never stopped.
 """
 
@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from torch.nn import functional as F
 
-from mscs.engine import Observer, Snapshot
 from mscs.errors import UsageError, unknown_name
 from mscs.results import atomic_path
+from mscs.train import Observer, Snapshot
 from mscs.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 Row = Mapping[str, float]

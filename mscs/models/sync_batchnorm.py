@@ -74,3 +74,10 @@ def convert_sync_batchnorm(model: Module) -> Module:
         norm.__class__ = SyncBatchNorm
         norm.process_group = None
     return model
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Let every batch norm use its running statistics, and leave them as they are; affine parts train on."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()

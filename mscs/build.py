@@ -1,0 +1,183 @@
+"""From settings to parts: dataset, transform, network, objective, optimizer, predictor.
+
+The only place that knows both. Training, evaluation and figures build what they need here; a part is built
+from its own block of settings.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mscs.checkpoint import read_weights
+from mscs.datasets import Dataset, build_dataset
+from mscs.inference import Predictor, Protocol
+from mscs.losses import MultiScaleContrastiveLoss
+from mscs.losses.objective import ContrastiveTerms, EmbeddingLoss, Objective
+from mscs.models import SegmentationModel, build_model
+from mscs.models.weights import load_strictly
+from mscs.optim import build_optimizer, learning_rate
+from mscs.seeding import derive_seed
+from mscs.settings import Contrastive, Settings
+from mscs.transforms import ColorJitter, Photometric, PhotoMetricDistortion, TrainTransform
+
+AUTOCAST = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE = {"fp64": torch.float64}
+"""Of weights and images, where it is not float32."""
+PHOTOMETRIC: dict[str, Photometric | None] = {
+    "jitter": ColorJitter(),
+    "photometric": PhotoMetricDistortion(),
+    "none": None,
+}
+
+
+def apply_machine_settings(settings: Settings) -> None:
+    """Set PyTorch's process-wide switches: threads, TF32, determinism."""
+    machine = settings.machine
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    torch.backends.cuda.matmul.allow_tf32 = machine.tf32
+    torch.backends.cudnn.allow_tf32 = machine.tf32
+    torch.backends.cudnn.benchmark = not machine.deterministic
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    torch.use_deterministic_algorithms(machine.deterministic, warn_only=True)
+    # filling fresh memory guards against reads before writes, which no operation here does, at twice the time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def open_dataset(settings: Settings, split: str, root: Path) -> Dataset:
+    """Open one split of the dataset of a run."""
+    data = settings.data
+    options = {"exclude_blacklisted": True} if data.skip_wrong_labels else {}
+    return build_dataset(data.name, split, root, data.task, **options)
+
+
+def train_transform(settings: Settings) -> TrainTransform:
+    """Return the training transform; without a range of scales the whole image is shown."""
+    augmentation = settings.data.augmentation
+    whole = augmentation.scale_range is None
+    return TrainTransform(
+        **augmentation.arguments("scale_range", "color"),
+        crop_size=None if whole else settings.schedule.crop_size,
+        scale_range=augmentation.scale_range or (1.0, 1.0),
+        photometric=PHOTOMETRIC[augmentation.color],
+        reflect_pad=settings.data.reflect_pad,
+    )
+
+
+def dtype_of(settings: Settings) -> torch.dtype:
+    """Return the dtype of weights and images."""
+    return DTYPE.get(settings.machine.precision, torch.float32)
+
+
+def memory_format_of(settings: Settings) -> torch.memory_format:
+    """Return the memory format of weights and images."""
+    return torch.channels_last if settings.machine.channels_last else torch.contiguous_format
+
+
+def network(
+    settings: Settings, num_classes: int, *, seed: int | None, projector: bool = True
+) -> SegmentationModel:
+    """Build the model; its random weights are a function of the seed (None: weights will be loaded)."""
+    model = settings.model
+    if seed is not None:
+        torch.manual_seed(derive_seed(seed, "weights"))
+    built = build_model(
+        model.name,
+        model.backbone,
+        num_classes,
+        projector=settings.loss.projector if projector else None,
+        pretrained=model.pretrained if seed is not None else False,
+        **model.options,
+    )
+    return built.to(dtype=dtype_of(settings), memory_format=memory_format_of(settings))  # type: ignore[call-overload]
+
+
+def contrastive_terms(block: Contrastive, images_per_group: int) -> EmbeddingLoss:
+    """Return the paper's loss on embeddings."""
+    arguments = block.arguments("embedding_subsample")
+    loss = MultiScaleContrastiveLoss(**arguments, images_per_group=images_per_group)
+    return ContrastiveTerms(loss, block.embedding_subsample)
+
+
+EMBEDDING_LOSSES: dict[str, Callable[[Any, int], EmbeddingLoss]] = {"contrastive": contrastive_terms}
+"""By the name of their block in `mscs.settings.Loss`: from block and images per group to the loss."""
+
+
+def objective(settings: Settings, dataset: Dataset) -> Objective:
+    """Return the training objective."""
+    per_group = settings.schedule.images_per_group
+    blocks = {name: getattr(settings.loss, name) for name in EMBEDDING_LOSSES}
+    return Objective(
+        per_group,
+        settings.model.aux_weight,
+        torch.tensor(dataset.class_weights) if settings.data.class_weighted else None,
+        [EMBEDDING_LOSSES[name](block, per_group) for name, block in blocks.items() if block is not None],
+    )
+
+
+def optimizer(settings: Settings, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """Return the optimizer of a model's parameters."""
+    schedule = settings.schedule
+    return build_optimizer(
+        model.named_parameters(),
+        schedule.optimizer.name,
+        lr=schedule.lr,
+        weight_decay=schedule.weight_decay,
+        fused=fused,
+        **schedule.optimizer.arguments(),
+    )
+
+
+def learning_rate_of(settings: Settings, num_images: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the step; an epoch counts its incomplete batch."""
+    schedule = settings.schedule
+    decay = schedule.lr_schedule
+    steps_per_epoch = math.ceil(num_images / schedule.batch_size)
+
+    def at(step: int) -> float:
+        return learning_rate(
+            step,
+            lr=schedule.lr,
+            schedule=decay.name,
+            steps=schedule.steps,
+            steps_per_epoch=steps_per_epoch,
+            **decay.arguments(),
+        )
+
+    return at
+
+
+def trained_network(settings: Settings, num_classes: int, weights: Path) -> SegmentationModel:
+    """Build the model without projectors and load trained weights, strictly."""
+    model = network(settings, num_classes, seed=None, projector=False)
+    tensors: dict[str, Tensor] = read_weights(weights)[0]
+    load_strictly(model, {k: v for k, v in tensors.items() if not k.startswith("projectors.")})
+    return model
+
+
+def predictor(settings: Settings, num_classes: int, weights: Path, device: torch.device) -> Predictor:
+    """Return a trained network behind its dataset's evaluation protocol."""
+    return Predictor(
+        trained_network(settings, num_classes, weights),
+        protocol(settings),
+        device=device,
+        autocast=AUTOCAST[settings.machine.precision],
+        channels_last=settings.machine.channels_last,
+    )
+
+
+def protocol(settings: Settings) -> Protocol:
+    """Return the evaluation protocol."""
+    evaluation = settings.evaluation
+    multi_scale = evaluation.multi_scale.arguments() if evaluation.multi_scale is not None else {}
+    return Protocol(
+        **evaluation.arguments("modes", "absent_classes"),
+        reflect_pad=settings.data.reflect_pad,
+        **multi_scale,
+    )

@@ -1,0 +1,124 @@
+"""Eq. (5): class-weighted cross-entropy, auxiliary cross-entropy, and losses on the embeddings."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mscs.losses.multiscale import MultiScaleContrastiveLoss
+from mscs.losses.segmentation import segmentation_loss
+
+
+class Output(Protocol):
+    """What the objective needs of a model's output, see `mscs.models.ModelOutput`."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Return (B, K, H, W)."""
+
+    @property
+    def aux_logits(self) -> Tensor | None:
+        """Return (B, K, H, W) of the auxiliary head, or None."""
+
+    @property
+    def embeddings(self) -> list[Tensor] | None:
+        """Return one (B, D, h, w) per scale, fine to coarse, or None without projectors."""
+
+
+class Terms(NamedTuple):
+    """A loss and what it consists of.
+
+    total: scalar, weighted as it is trained. terms: its parts by name, unweighted scalars. counts: what took
+    part, by name, means over groups of images.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    counts: dict[str, Tensor]
+
+
+class EmbeddingLoss(nn.Module):
+    """The contract of a loss on embeddings: `forward(embeddings, labels, generators)` -> `Terms`.
+
+    embeddings: one (B, D, h, w) per scale, fine to coarse. labels: (B, H, W), 255 = ignored. generators: one
+    per group of images, for all random choices. Buffers of the module are saved in checkpoints.
+    """
+
+    def forward(
+        self, embeddings: Sequence[Tensor], labels: Tensor, generators: Sequence[torch.Generator]
+    ) -> Terms:
+        """Return the weighted loss with its terms and counts."""
+        raise NotImplementedError
+
+
+class ContrastiveTerms(EmbeddingLoss):
+    """The paper's loss as a term of the objective; of each map every `subsample`-th row and column is used."""
+
+    def __init__(self, contrastive: MultiScaleContrastiveLoss, subsample: int = 1) -> None:
+        super().__init__()
+        self.contrastive = contrastive
+        self.subsample = subsample
+
+    def forward(
+        self, embeddings: Sequence[Tensor], labels: Tensor, generators: Sequence[torch.Generator]
+    ) -> Terms:
+        """Return the terms of Eqs. (3) and (4) and the numbers of anchors, sets and views."""
+        step = self.subsample
+        record = self.contrastive([x[:, :, ::step, ::step] for x in embeddings], labels, generators)
+        terms = {f"multi_scale_{i}": value for i, value in enumerate(record.multi_scale)}
+        terms |= {f"cross_scale_{i}": value for i, value in enumerate(record.cross_scale)}
+        counts: dict[str, Tensor] = {}
+        for name in ("anchors", "groups", "views"):
+            means = getattr(record, name).double().mean(0)
+            counts |= {f"{name}_{i}": value for i, value in enumerate(means)}
+        return Terms(record.total, terms, counts)
+
+
+class Objective(nn.Module):
+    """The training objective; its state, if a loss has any, goes into checkpoints.
+
+    Args:
+        images_per_group: images averaged together.
+        aux_weight: factor of the auxiliary cross-entropy.
+        class_weights: (K,) of the cross-entropy, or None.
+        on_embeddings: losses on the embeddings, added up.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        images_per_group: int,
+        aux_weight: float = 0.0,
+        class_weights: Tensor | None = None,
+        on_embeddings: Sequence[EmbeddingLoss] = (),
+    ) -> None:
+        super().__init__()
+        self.images_per_group = images_per_group
+        self.aux_weight = aux_weight
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.on_embeddings = nn.ModuleList(on_embeddings)
+
+    def forward(self, output: Output, labels: Tensor, generators: Sequence[torch.Generator]) -> Terms:
+        """Return the total loss, its named terms (unweighted) and counts (means over groups)."""
+        total = self._cross_entropy(output.logits, labels)
+        terms = {"ce": total}
+        counts: dict[str, Tensor] = {}
+        if output.aux_logits is not None:
+            # with weight 0 too: processes that share gradients must all have one for every parameter
+            aux = self._cross_entropy(output.aux_logits, labels)
+            terms |= {"aux": aux} if self.aux_weight else {}
+            total = total + self.aux_weight * aux
+        for loss in self.on_embeddings:
+            assert output.embeddings is not None
+            part = loss(output.embeddings, labels, generators)
+            total = total + part.total
+            terms |= part.terms
+            counts |= part.counts
+        return Terms(total, terms, counts)
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return segmentation_loss(
+            logits, labels, class_weights=self.class_weights, images_per_group=self.images_per_group
+        )

@@ -1,0 +1,218 @@
+"""What watches a training beside its loop: non-finite values, progress, signals, failures of the machine."""
+
+import contextlib
+import math
+import resource
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mscs.distributed import World, is_lost_peer
+from mscs.errors import MscsError
+from mscs.loader import STALLED_SECONDS, Batch
+from mscs.results import write_json
+from mscs.settings import Settings
+
+HIDDEN = ("step", "groups", "views", "anchors")
+"""Beginnings of the names in a log row that go to files only."""
+
+
+class Stopped(MscsError):
+    """The run was asked to stop by a signal; its checkpoint is written."""
+
+    def __init__(self, signum: int, step: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; the same command goes on from there")
+        self.exit_code = 128 + signum
+
+
+class FiniteGuard:
+    """Finds the first non-finite term without waiting for the GPU at every step."""
+
+    _NEVER = 2**62
+
+    def __init__(self, world: World, folder: Path, seed: int):
+        self._world, self._folder, self._seed = world, folder, seed
+        self._first_bad = torch.full((), self._NEVER, dtype=torch.long, device=world.device)
+        self._recent: deque[tuple[int, list[str], dict[str, Tensor]]] = deque()
+        self._eager = world.device.type == "cpu"
+
+    def watch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
+        """Remember the terms of a step; on a CPU check them at once."""
+        values = torch.stack([value.to(terms["loss"]) for value in terms.values()])
+        bad = ~values.isfinite().all()
+        self._first_bad = torch.where(bad, self._first_bad.clamp(max=batch.step), self._first_bad)
+        self._recent.append((batch.step, batch.ids, terms))
+        if self._eager:
+            self.check()
+
+    def check(self) -> None:
+        """Raise MscsError naming term, step and images where a value was not finite on any process.
+
+        A bad term makes everyone's gradient bad: a process whose own terms are sound names that one.
+        """
+        step = self._world.smallest(int(self._first_bad))
+        recent, self._recent = self._recent, deque()
+        for seen, ids, terms in recent:
+            if seen == step:
+                self._fail(step, ids, {name: float(value) for name, value in terms.items()})
+
+    def _fail(self, step: int, ids: list[str], terms: dict[str, float]) -> None:
+        name = next((k for k in reversed(terms) if not math.isfinite(terms[k])), None)
+        if name is None:
+            raise MscsError(f"a term of the loss is not finite at step {step} on another process")
+        newest = max(map(str, self._folder.glob("step-*.pt")), default=None)
+        rank = self._world.rank
+        report = self._folder / (f"failure-{rank}.json" if rank else "failure.json")
+        facts = {"term": name, "step": step, "images": ids, "seed": self._seed, "last_checkpoint": newest}
+        write_json(report, {**facts, "terms": {k: str(v) for k, v in terms.items()}})
+        raise MscsError(
+            f"loss term {name!r} is {terms[name]} at step {step} (images {', '.join(ids)}); the same command "
+            f"comes here again from the last checkpoint, facts in {report}. Lower lr, or train in fp32"
+        )
+
+
+class Progress:
+    """A bar on a terminal, quiet lines elsewhere, and nothing at all beside the main process."""
+
+    def __init__(self, settings: Settings, seed: int, world: World, start: int):
+        self._schedule, self._device, self._begun = settings.schedule, world.device, time.perf_counter()
+        self._name, self._speaks = f"{settings.run} seed {seed}", world.is_main
+        self._last = (self._begun, start)
+        bar = self._speaks and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._schedule.steps,
+            initial=start,
+            desc=self._name,
+            disable=not bar,
+            unit="step",
+            leave=False,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this start of the run."""
+        return time.perf_counter() - self._begun
+
+    def advance(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+    def show(self, row: Mapping[str, float]) -> None:
+        """Show one log row, with speed and memory since the last one."""
+        if not self._speaks:
+            return
+        now, step = time.perf_counter(), int(row["step"])
+        steps_per_second = (step - self._last[1]) / max(now - self._last[0], 1e-9)
+        self._last = (now, step)
+        shown = {k: f"{v:.3g}" for k, v in row.items() if not k.startswith(HIDDEN)}
+        shown["images/s"] = f"{steps_per_second * self._schedule.batch_size:.3g}"
+        shown["GiB"] = f"{peak_bytes(self._device) / 2**30:.3g}"
+        if not self._bar.disable:
+            self._bar.set_postfix(shown, refresh=False)
+            return
+        left = tqdm.format_interval((self._schedule.steps - step) / steps_per_second)
+        text = " ".join(f"{key} {value}" for key, value in shown.items())
+        print(f"{self._name} step {step}/{self._schedule.steps} {text} left {left}", flush=True)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: of its GPU, or of the machine where it has none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@dataclass
+class StopFlag:
+    """The signal that asked the training to stop; 0 for none."""
+
+    signum: int = 0
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[StopFlag]:
+    """Turn SIGTERM and SIGINT into a flag; the processes agree on it at the end of a step."""
+    flag = StopFlag()
+
+    def remember(signum: int, _frame: object) -> None:
+        flag.signum = signum
+
+    try:
+        previous = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: the caller deals with signals
+        previous = {}
+    try:
+        yield flag
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def explained(settings: Settings, world: World) -> Iterator[None]:
+    """Turn failures of the machine into what to do about them."""
+    again = "The same command goes on from the last checkpoint"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MscsError(
+            f"the GPU's memory does not hold {settings.schedule.batch_size // world.size} images per process "
+            f"({str(error).splitlines()[0]}) What helps: {'; '.join(memory_advice(settings, world.size))}"
+        ) from error
+    except RuntimeError as error:
+        if world.size > 1 and is_lost_peer(error):
+            raise MscsError(
+                f"another process of this training was lost; its own message says why. {again}"
+            ) from error
+        if "DataLoader timed out" in str(error):
+            raise MscsError(
+                f"no batch came from the processes that read images for {STALLED_SECONDS} s: does the folder "
+                f"of the dataset hang (network disk)? {again}"
+            ) from error
+        if "DataLoader worker" in str(error):
+            raise MscsError(
+                f"a process that reads images died ({str(error).splitlines()[0]}). Where memory "
+                f"or /dev/shm is short, use fewer --workers. {again}"
+            ) from error
+        raise
+
+
+def memory_advice(settings: Settings, processes: int) -> list[str]:
+    """Return what makes a training need less GPU memory, mildest first."""
+    schedule, contrastive = settings.schedule, settings.loss.contrastive
+    advice = []
+    if not settings.model.options.get("checkpointing"):
+        advice.append("--set model_options={checkpointing: true}: slower, the same result")
+    if schedule.groups % (2 * processes) == 0:
+        part = schedule.batch_size // (2 * processes)
+        advice.append(f"--processes {2 * processes} on as many GPUs: {part} images each, the same result")
+    if settings.machine.precision == "fp32":
+        advice.append("--set precision=bf16: activations take half")
+    if schedule.groups % (2 * schedule.accumulation_steps * processes) == 0:
+        advice.append(
+            f"--set accumulation_steps={2 * schedule.accumulation_steps} --set batch_norm=part: half the "
+            "images at a time, another model (batch norm sees parts of the batch)"
+        )
+    if contrastive is not None and contrastive.sampling == "all":
+        advice.append("--set sampling=balanced: no more than max_anchors rows per scale")
+    if settings.data.augmentation.scale_range is not None:
+        height, width = (max(32, side * 3 // 4 // 32 * 32) for side in schedule.crop_size)
+        share = height * width / math.prod(schedule.crop_size)
+        advice.append(f"--set crop_size=[{height},{width}]: {share:.0%} of the pixels")
+    return advice

@@ -1,0 +1,225 @@
+"""The bookkeeping of a run: seeds, locks, weights and the record of what they were made with."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mscs import build
+from mscs.checkpoint import differences, file_digest, lock, prune, read_header, save_weights
+from mscs.datasets.base import MANIFEST
+from mscs.datasets.labels import GENERATED
+from mscs.distributed import World, barrier
+from mscs.errors import MscsError, UsageError
+from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
+from mscs.models import fetch_pretrained
+from mscs.monitor import peak_bytes
+from mscs.paths import SeedFiles, checkpoint_folder
+from mscs.provenance import record, utc
+from mscs.results import read_json, write_csv, write_json
+from mscs.settings import Settings
+from mscs.train import Observer, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How a training is to be carried out: nothing here changes its outcome."""
+
+    data_root: Path
+    workers: int = 0
+    fresh: bool = False
+    """Start from step 0 even if there is a checkpoint or a result."""
+    accept_changed: bool = False
+    """Go on from a checkpoint of another version of the code."""
+    observers: Sequence[Observer] = ()
+
+
+def train_seed(settings: Settings, seed: int, files: SeedFiles, world: World, job: Job) -> bool:
+    """Train one seed and write weights, record, loss curve and metrics; return False if that was done before.
+
+    The last checkpoint stays until the seed is evaluated: if its files are lost before that, because the
+    pipeline did not record its stage, they are made again in seconds.
+    """
+    check_world(settings, world)
+    if not job.fresh and is_trained(settings, seed, files):
+        return False
+    build.apply_machine_settings(settings)
+    dataset = build.open_dataset(settings, "train", job.data_root)
+    checkpoints = checkpoint_folder(settings, seed)
+    with contextlib.ExitStack() as held:
+        if world.is_main:
+            held.enter_context(lock(files.work / f"seed-{seed}.lock"))
+            _tell_of_others(checkpoints, settings)
+        if job.fresh:
+            remove_checkpoints(checkpoints, world)
+        trainer = Trainer(
+            settings,
+            seed,
+            world,
+            dataset,
+            checkpoints,
+            job.workers,
+            accept_changed=job.accept_changed,
+            observers=job.observers,
+        )
+        weights = trainer.train()
+        if world.is_main:
+            save_weights(files.weights, weights, _header(settings, seed))
+            write_json(files.record, record(**_facts(trainer, files)))
+            write_csv(files.losses, trainer.history)
+            write_json(files.metrics, summary(trainer.history))  # last: it says that the others are there
+            prune(checkpoints, keep=1)
+        barrier()
+    return True
+
+
+def evaluate_seed(
+    settings: Settings,
+    seed: int,
+    files: SeedFiles,
+    data_root: Path,
+    world: World,
+    folder: Path,
+    checkpoint: Path | None = None,
+    split: str = "val",
+    save: OnPrediction | None = None,
+) -> dict[str, Any]:
+    """Score one seed, write evaluation.json and confusion.json into `folder`, and return the scores.
+
+    Args:
+        settings: of the run.
+        seed: whose weights are scored.
+        files: of the seed.
+        data_root: folder of the dataset.
+        world: the processes that share the images.
+        folder: where the results go.
+        checkpoint: weights file in place of the run's own, which have to fit the settings.
+        split: of the dataset.
+        save: see `mscs.evaluation.evaluate_weights`.
+    """
+    if checkpoint is None:
+        check_weights(settings, seed, files)
+    record, matrices = evaluate_weights(
+        settings, seed, checkpoint or files.weights, data_root, world, split=split, save=save
+    )
+    if checkpoint is None:
+        record["digest"] = settings.digest()
+        remove_checkpoints(checkpoint_folder(settings, seed), world)
+    if world.is_main:
+        write_json(folder / "evaluation.json", record)
+        write_json(folder / "confusion.json", {name: nonzero(m) for name, m in matrices.items()})
+    return record
+
+
+def check_world(settings: Settings, world: World) -> None:
+    """Raise UsageError unless the groups of a batch can be shared among the processes."""
+    groups = settings.schedule.groups
+    if groups % world.size:
+        raise UsageError(
+            f"{world.size} processes cannot share a batch of {groups} groups of images; accepted are the "
+            f"divisors of {groups}"
+        )
+
+
+def is_trained(settings: Settings, seed: int, files: SeedFiles) -> bool:
+    """Return whether all files of a seed's training are there, made under these very settings."""
+    if not all(path.exists() for path in (files.weights, files.record, files.losses, files.metrics)):
+        return False
+    try:
+        check_weights(settings, seed, files)
+    except MscsError:
+        return False
+    return True
+
+
+def check_weights(settings: Settings, seed: int, files: SeedFiles) -> None:
+    """Raise MscsError unless a seed's weights belong to these settings and are as they were written.
+
+    Without a run record (weights from a DVC remote, which checks them itself) only their header is compared.
+    """
+    retrain = f"train it again with `mscs train {settings.run}`"
+    if read_header(files.weights) != _header(settings, seed):
+        raise MscsError(
+            f"{files.weights} holds weights of other settings, another seed or another version of the code; "
+            f"{retrain}"
+        )
+    if files.record.exists() and read_json(files.record).get("weights") != file_digest(files.weights):
+        raise MscsError(
+            f"{files.weights} is not the file that {files.record} tells of (damaged or exchanged); {retrain}"
+        )
+
+
+def _header(settings: Settings, seed: int) -> dict[str, Any]:
+    numerics = settings.identity("train")["numerics"]
+    return {"run": settings.run, "seed": seed, "digest": settings.digest(), "numerics": numerics}
+
+
+def _tell_of_others(checkpoints: Path, settings: Settings) -> None:
+    """Name the interrupted trainings of this run under other settings, which this one does not go on from."""
+    digest = "[0-9a-f]" * len(settings.digest())
+    for folder in sorted(checkpoints.parents[1].glob(f"{settings.run}-{digest}")):
+        newest = max(folder.glob("seed-*/step-*.json"), default=None)
+        if folder == checkpoints.parent or newest is None:
+            continue
+        with contextlib.suppress(MscsError, KeyError, TypeError, AttributeError):  # a damaged one is no news
+            changes = differences(read_json(newest)["settings"], settings.identity("train"))
+            print(f"{settings.run}: an interrupted training, with other settings ({changes}), is in {folder}")
+
+
+def remove_checkpoints(folder: Path, world: World) -> None:
+    """Remove what was saved, and the unfinished files of saves that were killed."""
+    if world.is_main:
+        prune(folder, keep=0)
+    barrier()
+
+
+def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
+    settings, world, sessions = trainer.settings, trainer.world, trainer.sessions
+    on_gpu = world.device.type == "cuda"
+    return {
+        "settings": settings.flat(),
+        "digest": settings.digest(),
+        "seed": trainer.seed,
+        "weights": file_digest(files.weights),
+        "precision": settings.machine.precision,
+        "world_size": world.size,
+        "started": utc(min(session["started"] for session in sessions)),
+        "seconds": sum(session["seconds"] for session in sessions),
+        "gpu_hours": sum(s["seconds"] * s["world_size"] for s in sessions) / 3600 if on_gpu else None,
+        "peak_bytes": peak_bytes(world.device),
+        "sessions": sessions,
+        "data": _data_facts(trainer.dataset.root),
+        "pretrained_weights": _pretrained_digest(settings),
+    }
+
+
+def _data_facts(root: Path) -> dict[str, Any]:
+    """Return where the data lay, its manifest's digest, and how it was generated, if it was."""
+    manifest, marker = root / MANIFEST, root / GENERATED
+    return {
+        "root": str(root),
+        "digest": read_json(manifest)["digest"] if manifest.is_file() else None,
+        "generated": read_json(marker) if marker.is_file() else None,
+    }
+
+
+def _pretrained_digest(settings: Settings) -> dict[str, str] | None:
+    """Return name and SHA-256 of the file that the backbone started from."""
+    source = settings.model.pretrained
+    if not source:
+        return None
+    path = fetch_pretrained(settings.model.backbone) if source is True else Path(source)
+    return {path.name: file_digest(path)}
+
+
+def summary(history: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Average every logged value over the last fifth of the log, leaving out fp16's overflown gradients."""
+    tail = history[-max(1, len(history) // 5) :]
+    means: dict[str, float | None] = {}
+    for key in tail[0]:
+        if key not in ("step", "lr"):
+            values = [row[key] for row in tail if math.isfinite(row[key])]
+            means[key] = sum(values) / len(values) if values else None
+    return means

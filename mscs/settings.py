@@ -1,0 +1,298 @@
+"""One run's settings, nested by the part that they belong to: frozen, validated, nothing left to look up.
+
+What a run does not use is not part of its identity: multi-scale inference, a loss on embeddings, an optimizer
+and a learning-rate schedule each declare a block of their own (see `mscs.blocks`).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mscs.blocks import (
+    EVALUATE,
+    NOTHING,
+    TRAIN,
+    Block,
+    Count,
+    Float,
+    Index,
+    Int,
+    Ratio,
+    Share,
+    Side,
+    Weight,
+)
+from mscs.datasets.labels import DATASETS
+from mscs.errors import unknown_name
+from mscs.models.options import MODEL_OPTIONS
+
+Phase = Literal["train", "evaluate"]
+
+
+def _dataset(value: str) -> str:
+    return _known("dataset", value, DATASETS)
+
+
+def _model(value: str) -> str:
+    return _known("model", value, MODEL_OPTIONS)
+
+
+def _known(kind: str, value: str, accepted: Mapping[str, Any] | tuple[str, ...]) -> str:
+    if value not in accepted:
+        raise ValueError(unknown_name(kind, value, accepted))
+    return value
+
+
+class Augmentation(Block):
+    """Training transforms, in the order of `mscs.transforms.TrainTransform`."""
+
+    affects = TRAIN
+    hflip: Share
+    scale_range: tuple[Ratio, Ratio] | None
+    scale_base: Literal["native"] | Count
+    aspect_range: tuple[Ratio, Ratio]
+    class_max_ratio: Share
+    color: Literal["jitter", "photometric", "none"]
+
+
+class Data(Block):
+    """Which images, and how they are shown to a network that trains."""
+
+    name: Annotated[str, BeforeValidator(_dataset)] = Field(alias="dataset")
+    task: Annotated[Int, Field(ge=1, le=3)] | None
+    source: Literal["real", "generated"] = Field(alias="data_source")
+    skip_wrong_labels: bool
+    image_size: tuple[Side, Side] | None
+    train_images: Count | None
+    val_images: Count | None
+    reflect_pad: tuple[Index, Index]
+    class_weighted: Annotated[bool, TRAIN]
+    augmentation: Augmentation
+
+
+class MultiScale(Block):
+    """Multi-scale + flip inference; in use where `evaluation` asks for it."""
+
+    affects = EVALUATE
+    ms_scales: tuple[Ratio, ...]
+    ms_long_side: Count | None
+    ms_window: tuple[Side, Side] | None
+    ms_overlap: Annotated[Float, Field(ge=0, le=0.95)]
+    ms_merge: Literal["exp", "logits", "softmax"]
+
+    @classmethod
+    def used(cls, flat: Mapping[str, Any]) -> bool:
+        """Return whether the run is scored at several scales."""
+        return "ms" in (flat.get("evaluation") or ())
+
+
+class Evaluation(Block):
+    """The dataset's evaluation protocol."""
+
+    affects = EVALUATE
+    modes: tuple[Literal["ss", "ms"], ...] = Field(alias="evaluation")
+    short_side: Count | None
+    pad_multiple: Count | None
+    score_padding: bool
+    absent_classes: Literal["zero", "skip"]
+    multi_scale: MultiScale | None
+
+
+class Model(Block):
+    """Network and backbone; what the training puts on top of them."""
+
+    name: Annotated[str, BeforeValidator(_model)] = Field(alias="model")
+    backbone: str
+    options: Mapping[str, Any] = Field(alias="model_options")
+    pretrained: Annotated[bool | str, TRAIN]
+    feature_maps: Annotated[Int, Field(ge=1, le=4), TRAIN]
+    aux_weight: Annotated[Weight, TRAIN]
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "Model":
+        for option in self.options:
+            _known(f"option of model {self.name!r}", option, MODEL_OPTIONS[self.name])
+        return self
+
+
+class Contrastive(Block):
+    """The multi-scale and cross-scale contrastive loss, Eq. (5)."""
+
+    affects = TRAIN
+    contrastive: Literal[True]
+    scale_weights: tuple[Weight, ...]
+    cross_pairs: tuple[tuple[Index, Index], ...]
+    multi_scale_weight: Weight
+    cross_scale_weight: Weight
+    temperature: Ratio
+    sampling: Literal["balanced", "all"]
+    embedding_subsample: Annotated[Int, Field(ge=1, le=8)]
+    min_views: Count
+    max_views: Count
+    max_anchors: Annotated[Int, Field(ge=2)]
+
+
+class Loss(Block):
+    """What is added to the cross-entropy: one block per loss on embeddings, None where a run does without."""
+
+    affects = TRAIN
+    name: str = Field(alias="loss")
+    projector: Literal["backbone", "fpn", "concat"] | None
+    contrastive: Contrastive | None
+
+
+class Sgd(Block):
+    """Stochastic gradient descent with momentum."""
+
+    affects = TRAIN
+    name: Literal["sgd"] = Field(alias="optimizer")
+    momentum: Share
+
+
+class AdamW(Block):
+    """AdamW, with Swin's parameters that are not decayed."""
+
+    affects = TRAIN
+    name: Literal["adamw"] = Field(alias="optimizer")
+
+
+class Adam(Block):
+    """Adam."""
+
+    affects = TRAIN
+    name: Literal["adam"] = Field(alias="optimizer")
+
+
+class Poly(Block):
+    """Polynomial decay to zero."""
+
+    affects = TRAIN
+    name: Literal["poly"] = Field(alias="lr_schedule")
+    poly_power: Weight
+
+
+class Linear(Block):
+    """Linear decay to zero after a linear warm-up."""
+
+    affects = TRAIN
+    name: Literal["linear"] = Field(alias="lr_schedule")
+    warmup_steps: Index
+
+
+class Exponential(Block):
+    """Exponential decay per epoch."""
+
+    affects = TRAIN
+    name: Literal["exp"] = Field(alias="lr_schedule")
+    exp_decay: Share
+
+
+class Schedule(Block):
+    """One row of the supplement's Tables 4 to 7: crop, optimizer, learning rate, batch, steps."""
+
+    affects = TRAIN
+    name: Annotated[str, NOTHING] = Field(alias="schedule")
+    crop_size: tuple[Side, Side]
+    optimizer: Sgd | AdamW | Adam
+    lr: Weight
+    lr_schedule: Poly | Linear | Exponential
+    weight_decay: Weight
+    batch_size: Count
+    images_per_group: Count
+    steps: Count
+    accumulation_steps: Count
+    batch_norm: Literal["batch", "part", "frozen"]
+
+    @property
+    def groups(self) -> int:
+        """Groups of images in a batch: what the paper trained on as many GPUs."""
+        return self.batch_size // self.images_per_group
+
+
+class Machine(Block):
+    """How the numbers are computed; what only concerns speed and logs changes no result."""
+
+    precision: Literal["fp64", "fp32", "bf16", "fp16"]
+    tf32: bool
+    channels_last: bool
+    compile: bool
+    deterministic: bool
+    threads: Annotated[Count | None, NOTHING]
+    log_every: Annotated[Count, NOTHING]
+    checkpoint_every: Annotated[Count, NOTHING]
+
+
+class Settings(Block):
+    """Everything that decides one run.
+
+    `numerics` holds the versions of the code units that the run uses (see numerics.yaml), by phase.
+    """
+
+    run: str
+    profile: str
+    recipe: Annotated[str, NOTHING]
+    variant: Annotated[str, NOTHING]
+    seeds: Annotated[tuple[Index, ...], NOTHING]
+    numerics: Annotated[Mapping[str, Mapping[str, int]], NOTHING]
+    data: Data
+    evaluation: Evaluation
+    model: Model
+    loss: Loss
+    schedule: Schedule
+    machine: Machine
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "Settings":
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
+    def identity(self, phase: Phase) -> dict[str, Any]:
+        """Return, as flat JSON values, what can change the outcome of a phase for one seed."""
+        found = {key: value for key, affects, value in self.walk() if affects in (phase, "both")}
+        return {**found, "numerics": dict(self.numerics[phase])}
+
+    def digest(self, phase: Phase = "train") -> str:
+        """Return a 12-digit fingerprint of the settings that decide `phase`, without the code's versions."""
+        found = {key: value for key, value in self.identity(phase).items() if key != "numerics"}
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+
+    def flat(self) -> dict[str, Any]:
+        """Return all values in use by flat key, as JSON values; `from_flat` is the inverse."""
+        return {key: value for key, _, value in self.walk()}
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """Yield what is wrong with values that are possible one by one."""
+    for name, values in (("seeds", settings.seeds), ("evaluation", settings.evaluation.modes)):
+        if not values or len(set(values)) < len(values):
+            yield f"{name}: found {list(values)}, expected at least one item and none twice"
+    shown = settings.data.augmentation
+    for name, span in (("scale_range", shown.scale_range), ("aspect_range", shown.aspect_range)):
+        low, high = span or (0, 0)
+        if low > high:
+            yield f"{name}: found [{low}, {high}], expected the smaller one first"
+    loss, schedule = settings.loss, settings.schedule
+    if loss.contrastive is not None:
+        scales = len(loss.contrastive.scale_weights)
+        maps = 1 if loss.projector == "concat" else settings.model.feature_maps
+        if loss.projector is None:
+            yield "contrastive: true needs a projector: backbone, fpn or concat"
+        if scales != maps:
+            yield f"scale_weights: found {scales}, but projector {loss.projector} has {maps} feature maps"
+        if any(a == b or max(a, b) >= scales for a, b in loss.contrastive.cross_pairs):
+            pairs = [list(pair) for pair in loss.contrastive.cross_pairs]
+            yield f"cross_pairs: found {pairs}, expected pairs of two scales out of 0 to {scales - 1}"
+    parts = schedule.accumulation_steps
+    if schedule.batch_size % schedule.images_per_group:
+        yield f"images_per_group: found {schedule.images_per_group}, no divisor of batch_size"
+    elif schedule.groups % parts:
+        yield f"accumulation_steps {parts} does not divide the batch's {schedule.groups} groups of images"
+    if parts > 1 and schedule.batch_norm == "batch":
+        yield (
+            f"with accumulation_steps {parts}, batch norm cannot see the whole batch. Say which one to use: "
+            "batch_norm=part (statistics of each part) or batch_norm=frozen (running statistics)"
+        )
