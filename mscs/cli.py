@@ -5,15 +5,16 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mscs
 from mscs.command_line import add_command, run_command
 from mscs.errors import UsageError
-from mscs.launch import default_processes, is_launched, launch
+from mscs.jobs import Job, evaluate, train
 from mscs.params import load_params, parse_overrides
-from mscs.paths import SeedFiles, data_root, read_resolved
+from mscs.paths import read_resolved
 from mscs.settings import Settings
 
 
@@ -43,38 +44,40 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: Any) -> None:
     text = "train one run, or go on with it"
-    train = add_command(commands, "train", _train, text, params=True, profile=True)
-    _add_run_arguments(train)
-    _add_job_arguments(train)
-    train.add_argument(
+    command = add_command(commands, "train", _train, text, params=True, profile=True)
+    _add_run_arguments(command)
+    _add_job_arguments(command)
+    command.add_argument(
         "--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)"
     )
-    train.add_argument(
+    command.add_argument(
         "--processes",
         type=int,
         help="training processes: divisors of the batch's groups of images (default: one per GPU)",
     )
-    train.add_argument(
+    command.add_argument(
         "--restarts",
         type=int,
         default=0,
         metavar="N",
         help="start the training processes again, up to N times, when one is lost (default: 0)",
     )
-    train.add_argument("--fresh", action="store_true", help="start from step 0 even if there is a checkpoint")
-    train.add_argument(
+    command.add_argument(
+        "--fresh", action="store_true", help="start from step 0 even if there is a checkpoint"
+    )
+    command.add_argument(
         "--accept-changed",
         action="store_true",
         help="go on from a checkpoint that another version of the code has written (see numerics.yaml)",
     )
-    train.add_argument(
+    command.add_argument(
         "--log",
         action="append",
         default=[],
         choices=("dvclive", "tensorboard"),
         help="log there too (repeatable)",
     )
-    train.add_argument(
+    command.add_argument(
         "--samples",
         type=int,
         default=0,
@@ -85,15 +88,15 @@ def _add_train(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     text = "score a trained run on its validation images"
-    evaluate = add_command(commands, "evaluate", _evaluate, text, params=True, profile=True)
-    _add_run_arguments(evaluate)
-    _add_job_arguments(evaluate)
-    evaluate.add_argument("--checkpoint", type=Path, help="weights file (default: those of the run)")
-    evaluate.add_argument(
+    command = add_command(commands, "evaluate", _evaluate, text, params=True, profile=True)
+    _add_run_arguments(command)
+    _add_job_arguments(command)
+    command.add_argument("--checkpoint", type=Path, help="weights file (default: those of the run)")
+    command.add_argument(
         "--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only"
     )
-    evaluate.add_argument("--split", default="val", help="split to score (default: val)")
-    evaluate.add_argument(
+    command.add_argument("--split", default="val", help="split to score (default: val)")
+    command.add_argument(
         "--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format"
     )
 
@@ -112,6 +115,7 @@ def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)"
     )
+    parser.add_argument("--seed", type=int, help="one of the run's seeds (default: all of them)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
         "--accept-packages",
@@ -154,59 +158,40 @@ def _settings(args: argparse.Namespace, **overrides: Any) -> Settings:
     return read_resolved(args.settings, args.run)
 
 
-def _files(settings: Settings, seed: int, args: argparse.Namespace) -> SeedFiles:
-    """Return where a seed's files are; settings changed on the command line get folders of their own."""
-    folder = f"{settings.run}+{settings.digest()}" if args.set else settings.run
-    return SeedFiles(settings.profile, folder, seed)
+def _job(args: argparse.Namespace, settings: Settings, **further: Any) -> Job:
+    """Return the job that the command line describes; changed settings get folders of their own."""
+    if args.seed is not None and args.seed not in settings.seeds:
+        raise UsageError(f"--seed {args.seed}: the seeds of {settings.run} are {list(settings.seeds)}")
+    return Job(
+        settings=settings,
+        seeds=settings.seeds if args.seed is None else [args.seed],
+        folder=f"{settings.run}+{settings.digest()}" if args.set else settings.run,
+        root=args.data_root,
+        device=args.device,
+        accept_packages=args.accept_packages,
+        **further,
+    )
 
 
 def _train(args: argparse.Namespace) -> int:
     settings = _settings(args)
-    groups = settings.schedule.groups
-    processes = args.processes if args.processes is not None else default_processes(args.device, groups)
-    processes = 1 if is_launched() else processes
-    if processes < 1 or groups % processes:
-        raise UsageError(
-            f"--processes {processes}: a batch is {groups} groups of images; accepted are its divisors"
-        )
-    if args.restarts < 0:
-        raise UsageError(f"--restarts {args.restarts}: accepted are numbers from 0")
     _require_pretrained(settings, args.set)
-    root = args.data_root or data_root(settings)
-
-    from mscs.data_access import require_data
-    from mscs.numerics import check_packages
-
-    check_packages(accept=args.accept_packages)
-    require_data(settings, root)
-    if processes > 1 or (args.restarts and not is_launched()):
-        return launch(processes, args.restarts, args.argv)
-
-    from mscs.distributed import join_world
-    from mscs.runs import Job, train_seed
-
-    # a launcher's second start goes on from the checkpoint of its first
-    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with join_world(args.device) as world:
-        workers = args.workers if args.workers is not None else 4 * (world.device.type == "cuda")
-        for seed in settings.seeds:
-            files = _files(settings, seed, args)
-            job = Job(root, workers, fresh, args.accept_changed)
-            if world.is_main:
-                job = Job(root, workers, fresh, args.accept_changed, _observers(args, settings, files.work))
-            trained = train_seed(settings, seed, files, world, job)
-            if not trained and world.is_main:
-                print(f"{settings.run} seed {seed} is trained under these settings; --fresh trains it again")
-            elif world.is_main:
-                print(f"weights: {files.weights}  metrics: {files.metrics}")
-    return 0
+    job = _job(
+        args,
+        settings,
+        workers=args.workers,
+        # a launcher's second start goes on from the checkpoint of its first
+        fresh=args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0",
+        accept_changed=args.accept_changed,
+    )
+    job = replace(job, observers=_observers(args, settings, job.files(job.seeds[0]).work))
+    return train(job, args.argv, processes=args.processes, restarts=args.restarts)
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+def _evaluate(args: argparse.Namespace) -> None:
     settings = _settings(args)
     if args.ms and "ms" not in settings.evaluation.modes:
         settings = _settings(args, evaluation=[*settings.evaluation.modes, "ms"])
-    root = args.data_root or data_root(settings)
     save = None
     if args.save_predictions is not None:
         if args.save_predictions.exists() and not args.save_predictions.is_dir():
@@ -214,29 +199,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         from mscs.predictions import prediction_saver
 
         save = prediction_saver(args.save_predictions)
-
-    from mscs.data_access import require_data
-    from mscs.distributed import join_world
-    from mscs.numerics import check_packages
-    from mscs.runs import evaluate_seed
-
-    check_packages(accept=args.accept_packages)
-    require_data(settings, root)
     asked = [str(args.checkpoint), args.split, args.ms]
     tag = ""
     if asked != ["None", "val", False]:  # not what the pipeline asks for: it keeps its own scores
         tag = f"+{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
-    with join_world(args.device) as world:
-        for seed in settings.seeds:
-            files = _files(settings, seed, args)
-            folder = files.results.with_name(files.results.name + tag)
-            record = evaluate_seed(
-                settings, seed, files, root, world, folder, args.checkpoint, args.split, save
-            )
-            if world.is_main:
-                shown = ", ".join(f"{mode} {record[mode]['miou']:.2f}" for mode in settings.evaluation.modes)
-                print(f"{settings.run} seed {seed}: mIoU {shown} (in percent, {args.split}), in {folder}")
-    return 0
+    evaluate(_job(args, settings), checkpoint=args.checkpoint, split=args.split, tag=tag, save=save)
 
 
 def _observers(args: argparse.Namespace, settings: Settings, work: Path) -> list[Any]:

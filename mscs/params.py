@@ -302,8 +302,8 @@ def _complete(
     if values.get("images_per_group") is None and isinstance(values.get("batch_size"), int):
         if values["batch_size"] % PAPER_GROUPS:
             raise UsageError(
-                f"{where}: batch_size {values['batch_size']} is not a multiple of {PAPER_GROUPS}, the paper's "
-                "number of groups; set images_per_group too, to a divisor of it"
+                f"{where}: batch_size {values['batch_size']} is not a multiple of the paper's {PAPER_GROUPS} "
+                "groups; set images_per_group too, to a divisor of it"
             )
         values["images_per_group"] = values["batch_size"] // PAPER_GROUPS
         sources["images_per_group"] = f"batch_size / {PAPER_GROUPS}: the paper's images per GPU"

@@ -1,7 +1,6 @@
 """The bookkeeping of a run: seeds, locks, weights and the record of what they were made with."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,34 +13,23 @@ from mscs.datasets.labels import GENERATED
 from mscs.distributed import World, barrier
 from mscs.errors import MscsError, UsageError
 from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
+from mscs.jobs import Job
 from mscs.models import fetch_pretrained
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
 from mscs.provenance import record, utc
 from mscs.results import read_json, write_csv, write_json
 from mscs.settings import Settings
-from mscs.train import Observer, Trainer
+from mscs.train import Trainer
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """How a training is to be carried out: nothing here changes its outcome."""
-
-    data_root: Path
-    workers: int = 0
-    fresh: bool = False
-    """Start from step 0 even if there is a checkpoint or a result."""
-    accept_changed: bool = False
-    """Go on from a checkpoint of another version of the code."""
-    observers: Sequence[Observer] = ()
-
-
-def train_seed(settings: Settings, seed: int, files: SeedFiles, world: World, job: Job) -> bool:
+def train_seed(job: Job, seed: int, world: World) -> bool:
     """Train one seed and write weights, record, loss curve and metrics; return False if that was done before.
 
     The last checkpoint stays until the seed is evaluated: if its files are lost before that, because the
     pipeline did not record its stage, they are made again in seconds.
     """
+    settings, files = job.settings, job.files(seed)
     check_world(settings, world)
     if not job.fresh and is_trained(settings, seed, files):
         return False
@@ -60,9 +48,9 @@ def train_seed(settings: Settings, seed: int, files: SeedFiles, world: World, jo
             world,
             dataset,
             checkpoints,
-            job.workers,
+            4 * (world.device.type == "cuda") if job.workers is None else job.workers,
             accept_changed=job.accept_changed,
-            observers=job.observers,
+            observers=job.observers if world.is_main else (),
         )
         weights = trainer.train()
         if world.is_main:
@@ -76,10 +64,8 @@ def train_seed(settings: Settings, seed: int, files: SeedFiles, world: World, jo
 
 
 def evaluate_seed(
-    settings: Settings,
+    job: Job,
     seed: int,
-    files: SeedFiles,
-    data_root: Path,
     world: World,
     folder: Path,
     checkpoint: Path | None = None,
@@ -89,20 +75,19 @@ def evaluate_seed(
     """Score one seed, write evaluation.json and confusion.json into `folder`, and return the scores.
 
     Args:
-        settings: of the run.
+        job: whose settings and data are used.
         seed: whose weights are scored.
-        files: of the seed.
-        data_root: folder of the dataset.
         world: the processes that share the images.
         folder: where the results go.
         checkpoint: weights file in place of the run's own, which have to fit the settings.
         split: of the dataset.
         save: see `mscs.evaluation.evaluate_weights`.
     """
+    settings, files = job.settings, job.files(seed)
     if checkpoint is None:
         check_weights(settings, seed, files)
     record, matrices = evaluate_weights(
-        settings, seed, checkpoint or files.weights, data_root, world, split=split, save=save
+        settings, seed, checkpoint or files.weights, job.data_root, world, split=split, save=save
     )
     if checkpoint is None:
         record["digest"] = settings.digest()

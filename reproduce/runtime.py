@@ -8,7 +8,7 @@ links between its files may be absolute.
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ def wants_container(profile: str) -> bool:
     return asked == "docker"
 
 
-def run_in_container(verb: str, profile: str, name: str | None) -> int:
+def run_in_container(verb: str, profile: str, names: Sequence[str]) -> int:
     """Run one stage in a new container, pass signals on to it and return its exit code."""
     client = connect()
     image = find_image(client)
@@ -47,7 +47,7 @@ def run_in_container(verb: str, profile: str, name: str | None) -> int:
             f"nvidia-container-toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, "
             f"restart Docker{INSTEAD}"
         )
-    options = container_options(verb, profile, name, Path.cwd(), image.id)
+    options = container_options(verb, profile, names, Path.cwd(), image.id)
     if gpus:
         from docker.types import DeviceRequest
 
@@ -88,7 +88,9 @@ def find_image(client: Any) -> Any:
         raise MscsError(f"there is no image {name}; `make image` builds it{INSTEAD}") from None
 
 
-def container_options(verb: str, profile: str, name: str | None, root: Path, image: str) -> dict[str, Any]:
+def container_options(
+    verb: str, profile: str, names: Sequence[str], root: Path, image: str
+) -> dict[str, Any]:
     """Return what the container of a stage is created with.
 
     Its name has no random part: two containers that write the same files cannot be there at once.
@@ -104,10 +106,8 @@ def container_options(verb: str, profile: str, name: str | None, root: Path, ima
     if git["commit"]:
         environment["MSCS_GIT_COMMIT"] = git["commit"] + ("-dirty" if git["dirty"] else "")
     return {
-        "name": f"mscs-{name}"
-        if verb in ("train", "evaluate")
-        else "-".join(filter(None, ("mscs", verb, name))),
-        "command": ["python", "-m", "reproduce.stages", verb, profile, *([name] if name else [])],
+        "name": "-".join(("mscs", *names) if verb in ("train", "evaluate") else ("mscs", verb, *names)),
+        "command": ["python", "-m", "reproduce.stages", verb, profile, *names],
         "working_dir": str(root),
         "volumes": [f"{path}:{path}:{mode}" for path, mode in mounts(root).items()],
         "user": f"{os.getuid()}:{os.getgid()}",

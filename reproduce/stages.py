@@ -1,4 +1,4 @@
-"""What each pipeline stage does. Called by reproduce/stage as `VERB PROFILE [NAME]`; not meant for people.
+"""What each pipeline stage does. Called by reproduce/stage as `VERB PROFILE [NAME [SEED]]`; not meant for people.
 
 A stage takes its settings from results/<profile>/resolved.json, the file its hash is made of, never from
 params.yaml directly.
@@ -9,30 +9,45 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mscs.cli import RESULTS, WORK, data_root, main, read_resolved, require_data, resolve_all, run_command
-from mscs.datasets.commands import default_root
+from mscs import jobs
+from mscs.command_line import run_command
 from mscs.errors import MscsError
 from mscs.params import load_params
+from mscs.paths import (
+    RESULTS,
+    SeedFiles,
+    data_root,
+    dataset_root,
+    read_resolved,
+    resolve_all,
+    resolved_path,
+)
 from mscs.results import read_json, write_json
-from reproduce.pipeline import FIGURE_RUNS, TSNE_RUNS
+from reproduce.pipeline import FIGURE_RUNS, TSNE_RUNS, Pipeline
 from reproduce.runtime import run_in_container, wants_container
+
+if TYPE_CHECKING:
+    from reproduce.trained import TrainedRun
 
 
 def resolve(profile: str) -> None:
     """Write results/<profile>/resolved.json, which every other stage's hash is made of."""
-    write_json(_resolved(profile), resolve_all(load_params(), profile))
+    params = load_params()
+    Pipeline(params).check()
+    write_json(resolved_path(profile), resolve_all(params, profile))
 
 
 def data(profile: str, dataset: str) -> None:
     """Make (mini) or check (paper) one dataset and write its manifest."""
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
     from mscs.datasets.verify import manifest
 
-    settings = read_json(_resolved(profile))[dataset]
-    if settings["data_source"] == "generated":
-        root = WORK / profile / "data" / dataset
+    settings = read_json(resolved_path(profile))["datasets"][dataset]
+    generated = settings["data_source"] == "generated"
+    root = dataset_root(dataset, settings["data_source"], profile)
+    if generated:
         write_dataset(
             dataset,
             root,
@@ -40,23 +55,23 @@ def data(profile: str, dataset: str) -> None:
             val=settings["val_images"],
             image_size=tuple(settings["image_size"]),
         )
-    else:
-        root = default_root(dataset)
     facts = manifest(dataset, root, settings["task"])
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
-    if settings["data_source"] == "generated":
+    if generated:
         facts["colour_miou"] = _colour_miou(dataset, root, settings["task"])
     write_json(RESULTS / profile / "data" / f"{dataset}.json", facts)
 
 
-def train(profile: str, run: str) -> int:
-    """Train one run, or go on with it."""
-    return main(["train", run, "--settings", str(_resolved(profile)), *_fresh()])
+def train(profile: str, run: str, seed: str) -> int:
+    """Train one seed of a run, or go on with it."""
+    argv = ["train", run, "--settings", str(resolved_path(profile)), "--seed", seed]
+    fresh = bool(os.environ.get("MSCS_FRESH"))
+    return jobs.train(_job(profile, run, seed, fresh=fresh), [*argv, *(["--fresh"] if fresh else [])])
 
 
-def evaluate(profile: str, run: str) -> int:
-    """Score one run."""
-    return main(["evaluate", run, "--settings", str(_resolved(profile))])
+def evaluate(profile: str, run: str, seed: str) -> None:
+    """Score one seed of a run."""
+    jobs.evaluate(_job(profile, run, seed))
 
 
 def tables(profile: str, table: str) -> None:
@@ -89,7 +104,7 @@ def qualitative(profile: str) -> None:
 
 
 def report(profile: str) -> None:
-    """Write report.html and report.md."""
+    """Write report.html."""
     from reproduce.report import write_report
 
     write_report(profile, RESULTS / profile)
@@ -100,12 +115,9 @@ VERBS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def _resolved(profile: str) -> Path:
-    return RESULTS / profile / "resolved.json"
-
-
-def _fresh() -> list[str]:
-    return ["--fresh"] if os.environ.get("MSCS_FRESH") else []
+def _job(profile: str, run: str, seed: str, **further: Any) -> jobs.Job:
+    settings = read_resolved(resolved_path(profile), run)
+    return jobs.Job(settings=settings, seeds=[int(seed)], folder=run, **further)
 
 
 def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
@@ -115,14 +127,16 @@ def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
     return colour_miou(*(build_dataset(dataset, split, root, task) for split in ("train", "val")))
 
 
-def _trained(profile: str, run: str) -> Any:
+def _trained(profile: str, run: str) -> "TrainedRun":
+    from mscs.runs import check_weights
     from reproduce.trained import TrainedRun
 
-    settings = read_resolved(_resolved(profile), run)
+    settings = read_resolved(resolved_path(profile), run)
     root = data_root(settings)
-    require_data(settings, root)
-    weights = WORK / profile / "runs" / run / "weights" / f"seed-{settings.seeds[0]}.safetensors"
-    return TrainedRun(settings, weights, root, run)
+    jobs.require_data(settings, root)
+    files = SeedFiles(profile, run, settings.seeds[0])
+    check_weights(settings, settings.seeds[0], files)
+    return TrainedRun(settings, files.weights, root, run)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,17 +144,17 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="reproduce/stage", description=__doc__)
     result.add_argument("verb", choices=sorted(VERBS))
     result.add_argument("profile")
-    result.add_argument("name", nargs="?")
+    result.add_argument("names", nargs="*")
     result.set_defaults(handler=_handle)
     return result
 
 
 def _handle(args: argparse.Namespace) -> int | None:
-    if not _resolved(args.profile).exists() and args.verb != "resolve":
-        raise MscsError(f"{_resolved(args.profile)} is missing; run `dvc repro resolve` first")
+    if not resolved_path(args.profile).exists() and args.verb != "resolve":
+        raise MscsError(f"{resolved_path(args.profile)} is missing; run `dvc repro resolve` first")
     if wants_container(args.profile):
-        return run_in_container(args.verb, args.profile, args.name)
-    return VERBS[args.verb](args.profile, *([args.name] if args.name else []))
+        return run_in_container(args.verb, args.profile, args.names)
+    return VERBS[args.verb](args.profile, *args.names)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mscs.errors import UsageError
-from mscs.params import Params
 from reproduce import pipeline
+from reproduce.pipeline import Pipeline
 
 DVC = (sys.executable, "-m", "dvc")
 
@@ -46,21 +46,14 @@ def visible_gpus() -> list[str]:
     return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
-def upstream(params: Params, runs: Sequence[str]) -> list[str]:
+def upstream(plan: Pipeline, runs: Sequence[str]) -> list[str]:
     """Return the stages that several runs share: the settings and the data."""
-    default = pipeline.default_runs(params)
-    names = [f"resolve@{params.profile}"]
-    for dataset in dict.fromkeys(params.run_info(run)["dataset"] for run in runs):
-        home = any(params.run_info(run)["dataset"] == dataset for run in default)
-        names.append(f"{'' if home else f'{pipeline.ROWS_FILE}:'}data@{params.profile}-{dataset}")
+    profile = plan.params.profile
+    home = plan.datasets(pipeline.default_runs(plan.params))
+    names = [f"resolve@{profile}"]
+    for dataset in plan.datasets(runs):
+        names.append(f"{'' if dataset in home else f'{pipeline.ROWS_FILE}:'}data@{profile}-{dataset}")
     return names
-
-
-def stages(params: Params, run: str) -> list[str]:
-    """Return the stages of one run, in order."""
-    prefix = "" if run in pipeline.default_runs(params) else f"{pipeline.ROWS_FILE}:"
-    dataset = params.run_info(run)["dataset"]
-    return [f"{prefix}{verb}_{dataset}@{params.profile}-{run}" for verb in ("train", "evaluate")]
 
 
 def changed(environment: Mapping[str, str]) -> set[str]:
@@ -71,33 +64,34 @@ def changed(environment: Mapping[str, str]) -> set[str]:
 
 
 def side_by_side(
-    params: Params,
+    plan: Pipeline,
     runs: Sequence[str],
     workers: Sequence[Mapping[str, str]],
     *,
     keep_going: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Bring `runs` up to date, as many at a time as there are workers; return DVC's first bad exit code or 0.
+    """Bring `runs` up to date, as many seeds at a time as there are workers; return DVC's first bad exit code.
 
-    After a failure no further run is started, unless `keep_going`; those under way end.
+    After a failure no further training is started, unless `keep_going`; those under way end.
     """
     base = {**os.environ, **(environment or {})}
-    code = subprocess.run([*DVC, "repro", *upstream(params, runs)], check=False, env=base).returncode
+    code = subprocess.run([*DVC, "repro", *upstream(plan, runs)], check=False, env=base).returncode
     if code:
         return code
     stale = changed(base)
-    waiting: Iterator[str] = iter([run for run in runs if stale & set(stages(params, run))])
+    pairs = [pair for run in runs for pair in _pairs(plan.stages_of(run))]
+    waiting: Iterator[tuple[str, str]] = iter([pair for pair in pairs if stale & set(pair)])
     failures: list[int] = []
     lock, stop = threading.Lock(), threading.Event()
 
-    def next_run() -> str | None:
+    def next_pair() -> tuple[str, str] | None:
         with lock:
             return None if stop.is_set() else next(waiting, None)
 
     def work(own: Mapping[str, str]) -> None:
-        while (run := next_run()) is not None:
-            for stage in stages(params, run):
+        while (pair := next_pair()) is not None:
+            for stage in pair:
                 command = [*DVC, "--wait-for-lock", "repro", "--single-item", stage]
                 code = subprocess.run(command, check=False, env={**base, **own}).returncode
                 if code:
@@ -117,3 +111,8 @@ def side_by_side(
         stop.set()
         raise
     return failures[0] if failures else 0
+
+
+def _pairs(stages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (train, evaluate) of each seed."""
+    return zip(stages[::2], stages[1::2], strict=True)

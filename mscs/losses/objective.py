@@ -53,7 +53,7 @@ class EmbeddingLoss(nn.Module):
 
 
 class ContrastiveTerms(EmbeddingLoss):
-    """The paper's loss as a term of the objective; of each map every `subsample`-th row and column is used."""
+    """The paper's loss as a term of the objective, on every `subsample`-th row and column of each map."""
 
     def __init__(self, contrastive: MultiScaleContrastiveLoss, subsample: int = 1) -> None:
         super().__init__()

@@ -1,0 +1,196 @@
+"""Carries out trainings and evaluations on this machine: checks first, then processes, then work.
+
+The command line and the stages of the pipeline both call these. Heavy packages are imported after the checks.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mscs.errors import UsageError
+from mscs.numerics import check_packages
+from mscs.paths import SeedFiles, data_root
+from mscs.results import read_json
+from mscs.settings import Data, Settings
+
+if TYPE_CHECKING:
+    from mscs.evaluation import OnPrediction
+    from mscs.train import Observer
+
+SAVING_SECONDS = 110
+"""How long processes that were asked to stop may take; Docker and schedulers are told to wait two minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """How a training or an evaluation is carried out: nothing here changes its outcome."""
+
+    settings: Settings
+    seeds: Sequence[int]
+    folder: str
+    """Name of the run's folders, see `SeedFiles`."""
+    root: Path | None = None
+    """Folder of the dataset, if not the usual one."""
+    device: str = "auto"
+    workers: int | None = None
+    """Processes that read data ahead; None: 0 on a CPU, 4 on a GPU."""
+    fresh: bool = False
+    """Start from step 0 even if there is a checkpoint or a result."""
+    accept_changed: bool = False
+    """Go on from a checkpoint of another version of the code."""
+    accept_packages: bool = False
+    observers: "Sequence[Observer]" = field(default_factory=tuple)
+
+    @property
+    def data_root(self) -> Path:
+        """Folder of the dataset."""
+        return self.root or data_root(self.settings)
+
+    def files(self, seed: int) -> SeedFiles:
+        """Return the files of one seed."""
+        return SeedFiles(self.settings.profile, self.folder, seed)
+
+
+def train(job: Job, argv: Sequence[str], *, processes: int | None = None, restarts: int = 0) -> int:
+    """Train the seeds of a job, in this process or in several that run `mscs ARGV`; return the exit code."""
+    groups = job.settings.schedule.groups
+    launched = "WORLD_SIZE" in os.environ
+    if launched:
+        processes = 1
+    elif processes is None:
+        processes = default_processes(job.device, groups)
+    if processes < 1 or groups % processes:
+        raise UsageError(
+            f"--processes {processes}: a batch is {groups} groups of images; accepted are its divisors"
+        )
+    if restarts < 0:
+        raise UsageError(f"--restarts {restarts}: accepted are numbers from 0")
+    check_packages(accept=job.accept_packages)
+    require_data(job.settings, job.data_root)
+    if processes > 1 or (restarts and not launched):
+        return launch(processes, restarts, argv)
+
+    from mscs.distributed import join_world
+    from mscs.runs import train_seed
+
+    with join_world(job.device) as world:
+        for seed in job.seeds:
+            trained = train_seed(job, seed, world)
+            if world.is_main:
+                files, run = job.files(seed), job.settings.run
+                there = f"{run} seed {seed} is trained under these settings; --fresh trains it again"
+                print(f"weights: {files.weights}  metrics: {files.metrics}" if trained else there)
+    return 0
+
+
+def evaluate(
+    job: Job,
+    *,
+    checkpoint: Path | None = None,
+    split: str = "val",
+    tag: str = "",
+    save: "OnPrediction | None" = None,
+) -> dict[int, dict[str, Any]]:
+    """Score the seeds of a job; return their records. `tag` is added to the names of the result folders."""
+    check_packages(accept=job.accept_packages)
+    require_data(job.settings, job.data_root)
+
+    from mscs.distributed import join_world
+    from mscs.runs import evaluate_seed
+
+    records = {}
+    with join_world(job.device) as world:
+        for seed in job.seeds:
+            results = job.files(seed).results
+            folder = results.with_name(results.name + tag)
+            records[seed] = evaluate_seed(job, seed, world, folder, checkpoint, split, save)
+            if world.is_main:
+                modes = job.settings.evaluation.modes
+                shown = ", ".join(f"{mode} {records[seed][mode]['miou']:.2f}" for mode in modes)
+                run = job.settings.run
+                print(f"{run} seed {seed}: mIoU {shown} (in percent, {split}), in {folder}")
+    return records
+
+
+def default_processes(device: str, groups: int) -> int:
+    """Return how many processes a training of `groups` groups of images gets here: one per GPU it can use."""
+    if device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 1
+    import torch
+
+    count = torch.cuda.device_count()
+    return max((n for n in range(1, groups + 1) if groups % n == 0 and n <= count), default=1)
+
+
+def launch(processes: int, restarts: int, argv: Sequence[str]) -> int:
+    """Run `mscs ARGV` under torchrun with this many processes; return its exit code."""
+    # by address, because a container without network cannot resolve its own name
+    one_machine = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    patience = [f"--max-restarts={restarts}", f"--shutdown-timeout={SAVING_SECONDS}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *one_machine, *patience]
+    # else PyTorch 2.14 sends restarted processes to the addresses of the lost ones
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = subprocess.Popen([*command, "-m", "mscs", *argv], env=environment)
+    received: list[int] = []
+
+    def pass_on(signum: int, _frame: object) -> None:
+        received.append(signum)
+        launcher.send_signal(signal.SIGTERM)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, pass_on)
+    code = launcher.wait()
+    return 128 + received[0] if received else code
+
+
+def require_data(settings: Settings, root: Path) -> None:
+    """Draw a generated dataset that is not there yet; refuse one that is not what the settings say.
+
+    Raises:
+        UsageError: no dataset, generated scenes instead of a real one (or the other way round), or scenes of
+            another number or size.
+        MscsError: a real dataset whose files do not fit its manifest.
+    """
+    from mscs.datasets.verify import check_manifest
+
+    data = settings.data
+    if not root.is_dir():
+        if data.source != "generated" or root != data_root(settings):
+            raise UsageError(
+                f"no dataset in {root}; make or fetch it with `python -m reproduce run {data.name}` or "
+                "`mscs data --help`"
+            )
+        _draw(data, root)
+    marker = root / "generated.json"
+    made: dict[str, Any] | None = read_json(marker) if marker.is_file() else None
+    if (made is not None) != (data.source == "generated"):
+        kind = "generated scenes" if made else "a real dataset"
+        raise UsageError(
+            f"{root} holds {kind}, the settings of {settings.run} say data_source: {data.source}; name "
+            f"the right folder with --data-root, or --set data_source={'generated' if made else 'real'}"
+        )
+    if made is None:
+        check_manifest(data.name, root)
+        return
+    asked = {"train": data.train_images, "val": data.val_images, "image_size": data.image_size}
+    for key, value in asked.items():
+        wanted = list(value) if isinstance(value, tuple) else value
+        if made[key] != wanted:
+            raise UsageError(
+                f"{root} was generated with {key} {made[key]}, the settings of {settings.run} say {wanted}; "
+                f"make it anew with `python -m reproduce run {data.name}`, or name a folder with --data-root"
+            )
+
+
+def _draw(data: Data, root: Path) -> None:
+    from mscs.datasets.toy import write_dataset
+
+    if data.train_images is None or data.val_images is None:
+        raise UsageError("generated data needs train_images and val_images")
+    size = data.image_size
+    write_dataset(data.name, root, train=data.train_images, val=data.val_images, image_size=size)
