@@ -220,6 +220,10 @@ class Params:
         """Names of the profiles, in file order."""
         return tuple(self._document["profiles"])
 
+    def about(self, recipe: str) -> str:
+        """Return what a recipe takes, in one sentence."""
+        return self._document["recipes"][recipe].get("about", recipe)
+
     @property
     def runs(self) -> tuple[str, ...]:
         """Ids of all runs, in file order."""
@@ -249,6 +253,7 @@ class Params:
     ) -> Resolved:
         """Merge all layers for `run`; raise UsageError naming run and key where something is wrong."""
         overrides = dict(overrides or {})
+        recipe_source = "--set" if "recipe" in overrides else "params.yaml, recipe"
         recipe = overrides.pop("recipe", self.recipe)
         profile = profile or self.profile
         _choice("profile", profile, self._document["profiles"], self._path)
@@ -263,10 +268,12 @@ class Params:
             for key, value in layer.items():
                 if key == "sources" or (layer is entry and key in _RUN_KEYS):
                     continue
-                merged = {**values.get(key, {}), **value} if key == "model_options" else value
-                values[key] = merged
                 note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
-                sources[key] = f"{note} ({source})"
+                origin = f"{note} ({source})"
+                if key == "model_options" and values.get(key):
+                    value = {**values[key], **value}  # options add up, and so do their sources
+                    origin = f"{sources[key]}; {origin}"
+                values[key], sources[key] = value, origin
         self._rewrite(values, sources, profile, entry["schedule"])
         if isinstance(overrides.get("model_options"), Mapping):
             overrides["model_options"] = {**values.get("model_options", {}), **overrides["model_options"]}
@@ -278,7 +285,7 @@ class Params:
         sources |= dict.fromkeys(
             ("run", "dataset", "loss", "schedule", "variant"), f"params.yaml, runs.{run}"
         )
-        sources |= {"profile": "params.yaml, profile", "recipe": "params.yaml, recipe"}
+        sources |= {"profile": "params.yaml, profile", "recipe": f"{recipe_source}: {self.about(recipe)}"}
         _complete(values, sources, where, overrides)
         settings = _build(values, where)
         _known(settings.model_options, MODEL_OPTIONS[settings.model], f"{where}: model_options", "option")
@@ -341,7 +348,7 @@ class Params:
     def _check_overlay(self, overlay: Any, where: str) -> None:
         _known(
             _mapping(overlay, f"{self._path}: {where}"),
-            {"defaults", *BLOCKS, "runs", "rewrite"},
+            {"about", "defaults", *BLOCKS, "runs", "rewrite"},
             f"{self._path}: {where}",
             "section",
         )
@@ -470,12 +477,16 @@ def _complete(
     if values.get("contrastive") is False and "projector" not in overrides:
         values["projector"] = None  # it would train on nothing
     maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
-    if "scale_weights" not in overrides and "scale_weights" in values:
+    reading = f"our reading for {maps} maps (ledger: fewer-maps):"
+    if "scale_weights" not in overrides and len(values.get("scale_weights", ())) > maps:
         values["scale_weights"] = list(values["scale_weights"])[:maps]
+        sources["scale_weights"] = f"{reading} the first printed weights"
     if "cross_pairs" not in overrides and maps and "cross_pairs" in values:
         wanted = [tuple(pair) for pair in values["cross_pairs"]]
         last = [(first, second - 4 + maps) for first, second in wanted]
         values["cross_pairs"] = [list(pair) for pair in last if pair[1] > pair[0]]
+        if last != wanted:
+            sources["cross_pairs"] = f"{reading} the finest with the coarsest"
 
 
 def _build(values: dict[str, Any], where: str) -> Settings:
