@@ -263,22 +263,26 @@ class Params:
         where = f"{self._path}: run {run}"
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
+        origins: dict[str, str] = {}
         for layer, source in self._layers(entry, run, recipe, profile):
             notes = layer.get("sources", {})
             for key, value in layer.items():
                 if key == "sources" or (layer is entry and key in _RUN_KEYS):
                     continue
                 note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
-                origin = f"{note} ({source})"
-                if key == "model_options" and values.get(key):
-                    value = {**values[key], **value}  # options add up, and so do their sources
-                    origin = f"{sources[key]}; {origin}"
-                values[key], sources[key] = value, origin
+                sources[key] = f"{note} ({source})"
+                if key == "model_options":  # they add up, each with its source
+                    origins |= dict.fromkeys(value, sources[key])
+                    value = {**values.get(key, {}), **value}
+                values[key] = value
         self._rewrite(values, sources, profile, entry["schedule"])
         if isinstance(overrides.get("model_options"), Mapping):
+            origins |= dict.fromkeys(overrides["model_options"], "--set")
             overrides["model_options"] = {**values.get("model_options", {}), **overrides["model_options"]}
         values.update(overrides)
         sources.update(dict.fromkeys(overrides, "--set"))
+        if origins:
+            sources["model_options"] = _by_origin(origins)
         values |= {"run": run, "profile": profile, "recipe": recipe}
         values |= {"dataset": entry["dataset"], "loss": entry["loss"]}
         values |= {"variant": self._variant(run, entry), "schedule": entry["schedule"]}
@@ -426,6 +430,14 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         if double is not None:
             raise yaml.YAMLError(f"key {double!r} stands twice in one mapping{node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+def _by_origin(origins: Mapping[str, str]) -> str:
+    """Return 'a, b: origin; c: other' for the origins of a, b and c."""
+    names: dict[str, list[str]] = {}
+    for name, origin in origins.items():
+        names.setdefault(origin, []).append(name)
+    return "; ".join(f"{', '.join(found)}: {origin}" for origin, found in names.items())
 
 
 def _one_line(error: Exception) -> str:

@@ -14,8 +14,8 @@ import yaml
 class Entry:
     """One disagreement.
 
-    `runs` holds patterns of run ids; `setting` names the setting of params.yaml, or `option` the model option,
-    that switches it; `take` the value under each recipe. An entry with neither is a decision in code.
+    `runs` holds patterns of run ids; `setting` names the setting of params.yaml, or `option` the model
+    option, that switches it; `take` the value under each recipe. An entry with neither is a decision in code.
     """
 
     id: str

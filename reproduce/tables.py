@@ -243,7 +243,9 @@ def as_markdown(
 
 def as_latex(title: str, grid: list[list[str]], stamp: str) -> str:
     """Return a table as a LaTeX table environment (package booktabs)."""
-    escapes = str.maketrans({"%": r"\%", "#": r"\#", "_": r"\_", "&": r"\&", "~": r"$\sim$", "±": r"$\pm$", "†": r"$^\dagger$"})
+    escapes = str.maketrans(
+        {"%": r"\%", "#": r"\#", "_": r"\_", "&": r"\&", "~": r"$\sim$", "±": r"$\pm$", "†": r"$^\dagger$"}
+    )
     rows = [" & ".join(text.translate(escapes) for text in row) + r" \\" for row in grid]
     return "\n".join(
         [

@@ -96,7 +96,11 @@ def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: lis
         gap += f" ± {row['error']:.2f}" if row["error"] is not None else ""
         lines.append(f"| {row['table']} | {row['claim']} | {gap} | {row['status']} |")
     if results.profile != "mini":
-        lines += ["", "| table | row | column | paper | ours | difference | status |", "|---|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| table | row | column | paper | ours | difference | status |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for row in cell_rows:
             ours = f"{row['ours']:.1f}" if isinstance(row["ours"], float) else row["ours"] or ""
             paper = "-" if row["paper"] is None else row["paper"]

@@ -45,11 +45,11 @@ MODEL_OPTIONS: dict[str, dict[str, object]] = {
     },
     "upernet": {
         **COMMON_DEFAULTS,
-        "align_corners": False,
+        "align_corners": False,  # code: True with a ResNet, for which it has no configuration
         "channels": 512,
         "pool_sizes": (1, 2, 3, 6),
         "ppm_upsample_first": True,  # pool, upsample, convolve; upstream: False (pool, convolve, upsample)
-        "dropout": 0.1,
+        "dropout": 0.1,  # code: 0 with a ResNet
         "aux_index": "auto",  # stage that feeds the auxiliary head; auto: 2 for Swin, else no head; code: 3
         "aux_channels": 256,
     },

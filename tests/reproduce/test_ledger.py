@@ -30,11 +30,13 @@ def test_every_entry_touches_a_run_and_explains_itself(params):
     for entry in entries():
         patterns = [entry.runs] if isinstance(entry.runs, str) else entry.runs
         for pattern in patterns:
-            assert any(type(entry)(**{**vars(entry), "runs": pattern}).touches(r) for r in params.runs), entry.id
+            assert any(type(entry)(**{**vars(entry), "runs": pattern}).touches(r) for r in params.runs), (
+                entry.id
+            )
         assert entry.values
         assert entry.why
         assert entry.setting in FIELDS or entry.setting is None
-        assert not entry.take or (entry.setting or entry.option) and tuple(entry.take) == RECIPES
+        assert not entry.take or ((entry.setting or entry.option) and tuple(entry.take) == RECIPES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
