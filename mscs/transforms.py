@@ -172,7 +172,7 @@ class TrainTransform:
         self, image: np.ndarray, label: np.ndarray, crop_size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         resized = self._draw_size(label.shape[0], label.shape[1], rng)
-        # An image smaller than the crop lies anywhere in it: what is missing is shared out at random per axis.
+        # An image smaller than the crop lies anywhere in it: what is missing per axis is split at random.
         missing = [max(0, crop - size) for crop, size in zip(crop_size, resized, strict=True)]
         before = [int(rng.integers(pad + 1)) for pad in missing]
         for _ in range(self.crop_tries):

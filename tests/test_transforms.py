@@ -300,7 +300,7 @@ def test_a_crop_of_a_padded_image_may_lie_anywhere_along_the_long_side():
         assert np.array_equal(label[top], np.arange(label[top, 0], label[top, 0] + 30))
         assert (label != 255).sum() == 20 * 30
         seen.setdefault(top, set()).add(int(label[top, 0]))
-    assert seen == dict.fromkeys(range(5), set(range(11)))
+    assert seen == {top: set(range(11)) for top in range(5)}
 
 
 def test_same_generator_same_result():
