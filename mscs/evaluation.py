@@ -35,6 +35,7 @@ def build_protocol(settings: Settings) -> Protocol:
         ms_long_side=settings.ms_long_side,
         ms_window=settings.ms_window,
         ms_overlap=settings.ms_overlap,
+        ms_border=settings.ms_border,
         ms_merge=settings.ms_merge,
     )
 

@@ -98,6 +98,7 @@ class Settings:
     ms_long_side: int | None = _dataset("evaluate", (1, None))
     ms_window: tuple[int, int] | None = _dataset("evaluate", (1, None))
     ms_overlap: float = _dataset("evaluate", (0, 0.95))
+    ms_border: Literal["shift", "pad"] = _dataset("evaluate")
     ms_merge: Literal["exp", "logits", "softmax"] = _dataset("evaluate")
     absent_classes: Literal["zero", "skip"] = _dataset("evaluate")
 

@@ -105,6 +105,24 @@ def test_every_run_resolves_in_every_profile_and_comes_back_from_json(params):
             assert set(resolved.settings.model_options) <= set(MODEL_OPTIONS[resolved.settings.model])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("paper", {"swinb22k": 512, "swinl22k": 640}),
+        ("code", {"swinb22k": 512, "swinl22k": 512}),
+        ("upstream", {"swinb22k": 640, "swinl22k": 640}),
+    ],
+)
+def test_ade20k_is_scored_at_the_size_of_the_training_crops_but_in_recipe_code(params, recipe, expected):
+    for run in params.runs:
+        if not run.startswith("ade20k-upernet-"):
+            continue
+        settings = params.resolve(run, "paper", {"recipe": recipe}).settings
+        assert settings.short_side == expected.get(run.split("-")[2], 512)
+        assert settings.short_side == settings.crop_size[0] or recipe == "code"
+        assert params.resolve(run, "mini", {"recipe": recipe}).settings.short_side == 96
+
+
 def test_mini_keeps_the_ratio_of_budgets_and_four_groups(params):
     steps = [
         params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.steps for k in (40, 80, 120)
