@@ -62,7 +62,7 @@ def draw_geometry(rng, size, crop):
     resized = int(size[0] * scale / aspect**0.5), int(size[1] * scale * aspect**0.5)
     yield resized
     missing = [max(0, c - r) for c, r in zip(crop, resized, strict=True)]
-    yield [(b := int(rng.integers(2)) * m, m - b) for m in missing]
+    yield [(b := int(rng.integers(m + 1)), m - b) for m in missing]
     while True:
         yield [int(rng.integers(r + m - c + 1)) for r, m, c in zip(resized, missing, crop, strict=True)]
 

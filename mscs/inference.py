@@ -2,7 +2,8 @@
 
 Single scale: (reflect padding,) resize the short side, pad bottom and right with black, whole image through
 the model, logits back to native size. Multi-scale + flip: every scale and 1.0, flipped and not, whole or in
-sliding windows, merged as the protocol says.
+sliding windows, merged as the protocol says. Scores are resized with the network's own `align_corners`; so
+are the images of `ms_scales` where they refer to the padded image, as in the authors' code.
 """
 
 from collections.abc import Iterator
@@ -11,10 +12,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mscs.models.layers import resize
 from mscs.transforms import normalize, pad_reflect
 
 
@@ -26,7 +27,10 @@ class Protocol:
     with black to a multiple. reflect_pad: rows mirrored at top and bottom, at native size, first.
     score_padding: mirrored pixels are scored too (the authors' CaDIS evaluation).
     ms_scales: factors besides 1.0. ms_long_side: scales refer to this long side; None: to the padded image.
-    ms_window, ms_overlap: windows for scales >= 1, and the share of a window that the next one repeats.
+    ms_window, ms_overlap: size of sliding windows, and the share of a window that the next one repeats.
+    ms_border: "shift": scales below 1 are shown whole, and a window that would leave the image is moved
+    inwards (authors, Cityscapes); "pad": every scale is shown in windows, which are cut off at the border and
+    filled up with black (authors, Pascal-Context).
     ms_merge: what is averaged: "exp" of the flip-averaged logits (authors, Cityscapes and Pascal-Context),
     "logits" (authors, ADE20K) or "softmax" (mmsegmentation).
     """
@@ -39,6 +43,7 @@ class Protocol:
     ms_long_side: int | None = None
     ms_window: tuple[int, int] | None = None
     ms_overlap: float = 0.0
+    ms_border: Literal["shift", "pad"] = "shift"
     ms_merge: Literal["exp", "logits", "softmax"] = "logits"
 
 
@@ -60,6 +65,7 @@ class Predictor:
         self.device = torch.device(device)
         self._model = model.to(self.device).eval()
         self._dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        self._align_corners = bool(getattr(model, "align_corners", False))
         self._autocast = autocast
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._max_batch = max_batch
@@ -76,7 +82,7 @@ class Predictor:
         pixels = normalize(shown)[None].to(self.device, self._dtype)
         scores = self._merge_scales(pixels) if multi_scale else self._logits(pixels)
         scores = scores[:, :, : inner[0], : inner[1]]
-        scores = resize(scores, native)[0]
+        scores = resize(scores, native, self._align_corners)[0]
         if not self.protocol.score_padding:
             top, bottom = self.protocol.reflect_pad
             scores = scores[:, top : native[0] - bottom]
@@ -87,9 +93,8 @@ class Predictor:
         protocol = self.protocol
         if protocol.short_side is not None:
             height, width = image.shape[:2]
-            short, long = min(height, width), max(height, width)
-            sides = {short: protocol.short_side, long: int(protocol.short_side * long / short)}
-            size = (sides[width], sides[height])
+            scale = protocol.short_side / min(height, width)
+            size = (round(width * scale), round(height * scale))
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
         inner = image.shape[:2]
         if protocol.pad_multiple is not None:
@@ -107,20 +112,26 @@ class Predictor:
         size = (pixels.shape[2], pixels.shape[3])
         total: Tensor | None = None
         for scale in sorted({*self.protocol.ms_scales, 1.0}):
-            scaled = resize(pixels, self._scaled_size(size, scale))
-            if self.protocol.ms_window is not None and scale >= 1:
-                scores = self._windows(scaled, self.protocol.ms_window)
-            else:
+            scaled = self._scaled(pixels, scale)
+            whole = scale < 1 and self.protocol.ms_border == "shift"
+            if self.protocol.ms_window is None or whole:
                 scores = self._both_flips(scaled)
-            scores = resize(scores, size)
+            else:
+                scores = self._windows(scaled, self.protocol.ms_window)
+            scores = resize(scores, size, self._align_corners)
             total = scores if total is None else total.add_(scores)
         assert total is not None
         return total.to(pixels.dtype)
 
-    def _scaled_size(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
-        if self.protocol.ms_long_side is not None:
-            scale = scale * self.protocol.ms_long_side / max(size)
-        return int(size[0] * scale + 1e-6), int(size[1] * scale + 1e-6)
+    def _scaled(self, pixels: Tensor, scale: float) -> Tensor:
+        height, width = pixels.shape[-2:]
+        if self.protocol.ms_long_side is None:
+            size = (int(height * scale + 1e-6), int(width * scale + 1e-6))
+            return resize(pixels, size, self._align_corners)
+        # the authors resize these with OpenCV, which has no align_corners, to rounded sizes
+        long = int(self.protocol.ms_long_side * scale + 0.5)
+        size = (int(height * long / max(height, width) + 0.5), int(width * long / max(height, width) + 0.5))
+        return resize(pixels, size, align_corners=False)
 
     def _both_flips(self, pixels: Tensor) -> Tensor:
         """Return the merge quantity, averaged over the image and its mirror image."""
@@ -135,21 +146,18 @@ class Predictor:
 
     def _windows(self, pixels: Tensor, window: tuple[int, int]) -> Tensor:
         height, width = pixels.shape[-2:]
-        missing = [max(0, window[0] - height), max(0, window[1] - width)]
-        if any(missing):
-            black = normalize(np.zeros((1, 1, 3), np.uint8)).to(pixels)[None]
-            padded = black.expand(1, 3, height + missing[0], width + missing[1]).clone()
-            padded[:, :, :height, :width] = pixels
-            pixels = padded
-        places = list(window_places((pixels.shape[-2], pixels.shape[-1]), window, self.protocol.ms_overlap))
+        inner = self.protocol.ms_border == "shift"
+        places = list(window_places((height, width), window, self.protocol.ms_overlap, shift=inner))
+        bottom, right = max(p.bottom for p in places), max(p.right for p in places)
+        pixels = _pad_black(pixels, bottom, right)
         total = count = None
         for first in range(0, len(places), self._max_batch):
             part = places[first : first + self._max_batch]
             crops = torch.cat([pixels[:, :, p.top : p.bottom, p.left : p.right] for p in part])
             for place, scores in zip(part, self._both_flips(crops), strict=True):
                 if total is None or count is None:
-                    total = scores.new_zeros(1, len(scores), *pixels.shape[-2:])
-                    count = scores.new_zeros(1, 1, *pixels.shape[-2:])
+                    total = scores.new_zeros(1, len(scores), bottom, right)
+                    count = scores.new_zeros(1, 1, bottom, right)
                 total[0, :, place.top : place.bottom, place.left : place.right] += scores
                 count[0, :, place.top : place.bottom, place.left : place.right] += 1
         assert total is not None
@@ -166,20 +174,30 @@ class Place(NamedTuple):
     right: int
 
 
-def window_places(size: tuple[int, int], window: tuple[int, int], overlap: float) -> Iterator[Place]:
-    """Yield the windows that cover `size`; the last of a row or column is moved inwards, not padded."""
+def window_places(
+    size: tuple[int, int], window: tuple[int, int], overlap: float, *, shift: bool
+) -> Iterator[Place]:
+    """Yield the windows that cover `size`.
+
+    The last one of a row or column is moved inwards (`shift`) or reaches beyond the image; where the image is
+    smaller than a window it always does.
+    """
     starts = []
     for side, length in zip(size, window, strict=True):
         stride = max(1, int(length * (1 - overlap)))
         count = 1 + max(0, -(-(side - length) // stride))
-        starts.append([min(i * stride, max(0, side - length)) for i in range(count)])
+        inside = max(0, side - length)
+        starts.append([min(i * stride, inside) if shift else i * stride for i in range(count)])
     for top in starts[0]:
         for left in starts[1]:
             yield Place(top, top + window[0], left, left + window[1])
 
 
-def resize(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, C, H, W) bilinearly (align_corners False); nothing happens where the size is right."""
-    if tuple(scores.shape[-2:]) == tuple(size):
-        return scores
-    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+def _pad_black(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Return normalised pixels (B, 3, h, w) with black added at the bottom and right."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    black = normalize(np.zeros((1, 1, 3), np.uint8)).to(pixels)[None]
+    padded = black.expand(len(pixels), 3, height, width).clone()
+    padded[:, :, : pixels.shape[-2], : pixels.shape[-1]] = pixels
+    return padded

@@ -80,6 +80,10 @@ class Params:
         """Names of the profiles, in file order."""
         return tuple(self._document["profiles"])
 
+    def about(self, recipe: str) -> str:
+        """Return what a recipe takes, in one sentence."""
+        return self._document["recipes"][recipe].get("about", recipe)
+
     @property
     def runs(self) -> tuple[str, ...]:
         """Ids of all runs, in file order."""
@@ -109,6 +113,7 @@ class Params:
     ) -> Resolved:
         """Merge all layers for `run`; raise UsageError naming run and key where something is wrong."""
         overrides = dict(overrides or {})
+        recipe_source = "--set" if "recipe" in overrides else "params.yaml, recipe"
         recipe = overrides.pop("recipe", self.recipe)
         profile = profile or self.profile
         _choice("profile", profile, self._document["profiles"], self._path)
@@ -117,24 +122,31 @@ class Params:
         entry = self._run(run)
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
+        origins: dict[str, str] = {}
         for layer, source in self._layers(entry, run, recipe, profile):
             notes = layer.get("sources", {})
             for key, value in layer.items():
                 if key == "sources" or (layer is entry and key in NAMES.values()):
                     continue
-                values[key] = {**values.get(key, {}), **value} if key == "model_options" else value
                 note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
                 sources[key] = f"{note} ({source})"
+                if key == "model_options":  # they add up, each with its source
+                    origins |= dict.fromkeys(value, sources[key])
+                    value = {**values.get(key, {}), **value}
+                values[key] = value
         self._rewrite(values, sources, profile, entry["schedule"])
         if isinstance(overrides.get("model_options"), Mapping):
+            origins |= dict.fromkeys(overrides["model_options"], "--set")
             overrides["model_options"] = {**values.get("model_options", {}), **overrides["model_options"]}
         values |= overrides
         sources |= dict.fromkeys(overrides, "--set")
+        if origins:
+            sources["model_options"] = _by_origin(origins)
         own = {key: entry[key] for key in ("dataset", "loss", "schedule")}
         own |= {"run": run, "variant": self._variant(run, entry)}
         values |= {**own, "profile": profile, "recipe": recipe}
         sources |= dict.fromkeys(own, f"params.yaml, runs.{run}")
-        sources |= {"profile": "params.yaml, profile", "recipe": "params.yaml, recipe"}
+        sources |= {"profile": "params.yaml, profile", "recipe": f"{recipe_source}: {self.about(recipe)}"}
         where = f"{self._path}: run {run}"
         _complete(values, sources, overrides, where)
         values["numerics"] = {"train": {}, "evaluate": {}}
@@ -198,7 +210,7 @@ class Params:
                 check_value(Settings, key, value, where)
 
     def _check_overlay(self, overlay: Any, where: str) -> None:
-        accepted = ("defaults", *BLOCKS, "runs", "rewrite")
+        accepted = ("about", "defaults", *BLOCKS, "runs", "rewrite")
         _known(_mapping(overlay, f"{self._path}: {where}"), accepted, f"{self._path}: {where}", "section")
         self._check_keys(overlay.get("defaults", {}), f"{where}.defaults")
         for block in (*BLOCKS, "runs"):
@@ -274,6 +286,14 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return super().construct_mapping(node, deep)
 
 
+def _by_origin(origins: Mapping[str, str]) -> str:
+    """Return 'a, b: origin; c: other' for the origins of a, b and c."""
+    names: dict[str, list[str]] = {}
+    for name, origin in origins.items():
+        names.setdefault(origin, []).append(name)
+    return "; ".join(f"{', '.join(found)}: {origin}" for origin, found in names.items())
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -310,9 +330,13 @@ def _complete(
     if values.get("contrastive") is False and "projector" not in overrides:
         values["projector"] = None  # it would train on nothing
     maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
-    if "scale_weights" not in overrides and "scale_weights" in values:
+    reading = f"our reading for {maps} maps (ledger: fewer-maps):"
+    if "scale_weights" not in overrides and len(values.get("scale_weights", ())) > maps:
         values["scale_weights"] = list(values["scale_weights"])[:maps]
+        sources["scale_weights"] = f"{reading} the first printed weights"
     if "cross_pairs" not in overrides and maps and "cross_pairs" in values:
         # the pairs name four maps; with fewer the coarse end of a pair moves along, and may fall together
-        moved = [(fine, coarse - 4 + maps) for fine, coarse in values["cross_pairs"]]
-        values["cross_pairs"] = [list(pair) for pair in moved if pair[1] > pair[0]]
+        moved = [[fine, coarse - 4 + maps] for fine, coarse in values["cross_pairs"]]
+        if moved != values["cross_pairs"]:
+            values["cross_pairs"] = [pair for pair in moved if pair[1] > pair[0]]
+            sources["cross_pairs"] = f"{reading} the finest with the coarsest"

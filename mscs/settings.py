@@ -81,6 +81,7 @@ class MultiScale(Block):
     ms_long_side: Count | None
     ms_window: tuple[Side, Side] | None
     ms_overlap: Annotated[Float, Field(ge=0, le=0.95)]
+    ms_border: Literal["shift", "pad"]
     ms_merge: Literal["exp", "logits", "softmax"]
 
     @classmethod

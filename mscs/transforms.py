@@ -172,9 +172,9 @@ class TrainTransform:
         self, image: np.ndarray, label: np.ndarray, crop_size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         resized = self._draw_size(label.shape[0], label.shape[1], rng)
-        # An image smaller than the crop is padded on one random side per axis.
+        # An image smaller than the crop lies anywhere in it: what is missing per axis is split at random.
         missing = [max(0, crop - size) for crop, size in zip(crop_size, resized, strict=True)]
-        before = [int(rng.integers(2)) * pad for pad in missing]
+        before = [int(rng.integers(pad + 1)) for pad in missing]
         for _ in range(self.crop_tries):
             corner = [
                 int(rng.integers(size + pad - crop + 1)) - shift

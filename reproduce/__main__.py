@@ -270,14 +270,17 @@ def _cards(args: argparse.Namespace) -> None:
 
 
 def _ledger(args: argparse.Namespace) -> None:
-    from reproduce.ledger import rows
+    from reproduce.ledger import rows, switched
 
+    params = load_params()
     if args.run is not None:
-        load_params().run_info(args.run)
+        params.run_info(args.run)
     found = rows(args.run, args.recipe)
     if args.json:
         print(json.dumps(found, indent=1))
         return
+    print(f"recipe {args.recipe}: {params.about(args.recipe)}")
+    print(f"entries taken otherwise than by recipe paper: {', '.join(switched(args.recipe)) or 'none'}\n")
     for row in found:
         print(f"{row['id']}\n  {row['sources']}\n  taken by recipe {args.recipe}: {row['taken']}", end="")
         print(f" ({row['switch']})" if row["switch"] else "", f"\n  {row['why']}\n")

@@ -59,9 +59,13 @@ CHECKPOINTS = {
     "upernet-swin-s": Checkpoint(
         "ade20k-upernet-swins-ce", {"ss": 47.64, "ms": 49.47}, SWIN_SOURCE, SWIN.format("small")
     ),
-    # its run has another pretraining, but the same network
+    # its run has another pretraining and 640x640 crops, but the same network
     "upernet-swin-b": Checkpoint(
-        "ade20k-upernet-swinb22k-ce", {"ss": 48.13, "ms": 49.72}, SWIN_SOURCE, SWIN.format("base")
+        "ade20k-upernet-swinb22k-ce",
+        {"ss": 48.13, "ms": 49.72},
+        SWIN_SOURCE,
+        SWIN.format("base"),
+        overrides={"short_side": 512},
     ),
     "hrnet-w48": Checkpoint(
         "cityscapes-hrnet-hr48-ce", {"ss": 80.9}, HRNET_SOURCE, HRNET.format("hrnet_cs_8090")

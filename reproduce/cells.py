@@ -20,7 +20,8 @@ class Cell:
     """One published value and how ours comes about.
 
     `paper` is a number, "OOM", or None where the source is blank or damaged; `over` names the baseline run
-    of an improvement; a cell without a run is only cited.
+    of an improvement; a cell without a run is only cited. `judged` is false where the published value is no
+    measurement of the paper's own, so that ours need not agree with it.
     """
 
     table: str
@@ -32,6 +33,7 @@ class Cell:
     over: str | None = None
     read: Read = "ss"
     note: str | None = None
+    judged: bool = True
 
 
 @dataclass(frozen=True)

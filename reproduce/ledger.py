@@ -14,22 +14,22 @@ import yaml
 class Entry:
     """One disagreement.
 
-    `setting` names the setting of params.yaml, or `option` the model option, that switches it; `take` the
-    value under each recipe. An entry with neither is a decision in code.
+    `runs` holds patterns of run ids; `setting` names the setting of params.yaml, or `option` the model
+    option, that switches it; `take` the value under each recipe. An entry with neither is a decision in code.
     """
 
     id: str
-    runs: str
+    runs: str | list[str]
     why: str
     values: Mapping[str, str]
     setting: str | None = None
     option: str | None = None
-    optimizer: str | None = None
     take: Mapping[str, Any] = field(default_factory=dict)
 
     def touches(self, run: str) -> bool:
         """Return whether the entry applies to a run, by its id."""
-        return fnmatchcase(run, self.runs)
+        patterns = [self.runs] if isinstance(self.runs, str) else self.runs
+        return any(fnmatchcase(run, pattern) for pattern in patterns)
 
 
 @cache
@@ -39,6 +39,11 @@ def entries() -> tuple[Entry, ...]:
     return tuple(
         Entry(**block) for block in yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     )
+
+
+def switched(recipe: str) -> list[str]:
+    """Return the entries, by id, that a recipe takes otherwise than recipe `paper`."""
+    return [entry.id for entry in entries() if entry.take and entry.take[recipe] != entry.take["paper"]]
 
 
 def rows(run: str | None = None, recipe: str = "paper") -> list[dict[str, str]]:

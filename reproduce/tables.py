@@ -17,6 +17,8 @@ TOLERANCES = {"cityscapes": 0.6, "ade20k": 1.0, "pascal_context": 0.7, "cadis": 
 """How far a retrained mIoU may lie from the published one, in points, from spreads that others report
 over seeds (Cityscapes 0.1-0.6, ADE20K up to 1, see docs/fidelity.md)."""
 PARAMETER_TOLERANCE = 1.0
+COMPARABLE = ("reproduced", "off", "cited, not judged", "not judged")
+"""Statuses of cells whose difference to the paper's value is shown."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Results:
             return "measured"
         if difference is None:
             return "no published value"
-        if cell.over is not None:
-            return "same sign" if float(ours.number) * float(cell.paper or 0) > 0 else "opposite sign"
+        if not cell.judged:
+            return "cited, not judged" if "cited" in cell.source else "not judged"
         return "reproduced" if abs(difference) <= TOLERANCES[cell.run.split("-")[0]] else "off"
 
     def claim(self, claim: Claim) -> tuple[float | None, str]:
@@ -177,13 +179,13 @@ def filled_texts(filled: Filled) -> list[str]:
     shown = "" if ours.number is None else str(ours.number)
     if isinstance(ours.number, float):
         shown = f"{ours.number:.1f}" + (f" ± {ours.std:.1f} (n={ours.n})" if ours.std is not None else "")
-    comparable = filled.difference is not None and filled.status in ("reproduced", "off")
+    comparable = filled.difference is not None and filled.status in COMPARABLE
     return [paper, shown, f"{filled.difference:+.1f}" if comparable else "", filled.status]
 
 
 def notes(table: str) -> list[str]:
-    """Return what a reader must know about single cells."""
-    found = []
+    """Return what a reader must know about a table and its single cells."""
+    found = list(table_block(table).get("notes", ()))
     for row in table_block(table)["rows"]:
         for _, cell in row_cells(table, row):
             if cell.note:
@@ -241,7 +243,9 @@ def as_markdown(
 
 def as_latex(title: str, grid: list[list[str]], stamp: str) -> str:
     """Return a table as a LaTeX table environment (package booktabs)."""
-    escapes = str.maketrans({"%": r"\%", "#": r"\#", "_": r"\_", "&": r"\&", "~": r"$\sim$", "±": r"$\pm$"})
+    escapes = str.maketrans(
+        {"%": r"\%", "#": r"\#", "_": r"\_", "&": r"\&", "~": r"$\sim$", "±": r"$\pm$", "†": r"$^\dagger$"}
+    )
     rows = [" & ".join(text.translate(escapes) for text in row) + r" \\" for row in grid]
     return "\n".join(
         [

@@ -1,11 +1,19 @@
 """Fig. 1: the feature space of one network trained without and with the contrastive loss, drawn and measured.
 
-Rules. Features are the maps that the loss acts on, before projection, each pixel's vector normalised to
-length 1. A scale is looked at on its own grid, with the label that the loss gives each cell. "All scales"
-normalises each scale, resizes it bilinearly to the finest grid, concatenates and normalises again. Pixels of
-the validation images are drawn at random, the same ones for both networks and as many of each class, unless a
-class has fewer; one with hardly any is left out. The numbers are measured in feature space, never in the
-t-SNE plane, and every class counts the same.
+The picture (fig1) follows the authors' code: the backbone's map at stride 4 as it is, neither projected nor
+normalised, with the label of each cell. The validation images are gone through in order; each gives a few
+random pixels of every class, until a class has enough. 50 principal components, then t-SNE with perplexity
+30. Which stride the paper shows is not said; 4 is the default of the authors' class. Unlike theirs, t-SNE
+starts from the principal components and is the Barnes-Hut approximation.
+
+Not in the paper: fig1-scales and the numbers. Features are the maps that the loss acts on, before projection,
+each pixel's vector normalised to length 1. A scale is looked at on its own grid, with the label that the loss
+gives each cell. "All scales" normalises each scale, resizes it bilinearly to the finest grid, concatenates
+and normalises again. Pixels are drawn at random from all images, as many of each class, unless a class has
+fewer; one with hardly any is left out. The numbers are measured in feature space, never in the t-SNE plane,
+and every class counts the same.
+
+Both networks are shown and measured on the same pixels.
 """
 
 from collections.abc import Mapping
@@ -17,6 +25,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -28,21 +37,44 @@ from mscs.errors import MscsError
 from mscs.losses.sampling import downsample_labels
 from mscs.results import write_json
 from mscs.seeding import derive_seed, numpy_generator
+from mscs.transforms import IGNORE_INDEX
 from reproduce.style import COLUMN, class_marker, paper_style, point_legend, save
 from reproduce.trained import TrainedRun
 
 SEED = 0
 NETWORKS = ("without the contrastive loss", "with the contrastive loss")
+RAW = "stride 4, as it is"
 ALL_SCALES = "all scales"
 PER_CLASS = 50
 PER_CLASS_OF_SCALE = 20
 LEAST_PER_CLASS = 8
 NEIGHBOURS = 5
+PERPLEXITY = 30.0
+ITERATIONS = 400
+COMPONENTS = 50
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How much fig1 shows: points of a class, those of one image, and iterations of t-SNE.
+
+    per_image: of a frequent class and of a rare one (training id 15 or more: from bus on, on Cityscapes).
+    """
+
+    per_class: int
+    per_image: tuple[int, int]
+    iterations: int
+
+
+AUTHORS = Picture(per_class=1000, per_image=(2, 10), iterations=2000)
+# A dozen small images and a minute: enough to see that the figure is drawn.
+MINI = Picture(per_class=50, per_image=(6, 6), iterations=ITERATIONS)
+FIRST_RARE_CLASS = 15
 
 
 @dataclass(frozen=True)
 class Points:
-    """Sampled pixels: features (N, C) of length 1, class (N,), number of the image that each is from (N,)."""
+    """Sampled pixels: features (N, C), class (N,), number of the image that each is from (N,)."""
 
     features: np.ndarray
     classes: np.ndarray
@@ -51,34 +83,55 @@ class Points:
 
 def write_tsne(baseline: TrainedRun, ours: TrainedRun, folder: Path, stamp: str) -> None:
     """Write fig1.png, fig1.pdf, fig1-scales.png and fig1.json into `folder`."""
-    sampled = dict(zip(NETWORKS, map(sample_pixels, (baseline, ours)), strict=True))
+    picture = MINI if baseline.settings.profile == "mini" else AUTHORS
+    sampled = {
+        name: sample_pixels(run, picture) for name, run in zip(NETWORKS, (baseline, ours), strict=True)
+    }
     measured = {
-        run: {space: separation(points) for space, points in spaces.items()}
+        run: {space: separation(points) for space, points in spaces.items() if space != RAW}
         for run, spaces in sampled.items()
     }
     dataset = baseline.dataset()
-    classes = sampled[NETWORKS[0]][ALL_SCALES].classes
-    counts = {dataset.classes[i]: int((classes == i).sum()) for i in np.unique(classes)}
-    write_json(folder / "fig1.json", {**measured, "points": counts})
-    # one thread for each embedding: so few points gain nothing from more
+    counts = {
+        space: {dataset.classes[i]: int((points.classes == i).sum()) for i in np.unique(points.classes)}
+        for space, points in sampled[NETWORKS[0]].items()
+    }
+    drawn = {
+        "features": RAW,
+        "points": counts[RAW],
+        "per_class": picture.per_class,
+        "iterations": picture.iterations,
+        "perplexity": PERPLEXITY,
+    }
+    write_json(folder / "fig1.json", {**measured, "points": counts[ALL_SCALES], "picture": drawn})
+    # one thread for each embedding; those of the picture come first, side by side
+    order = sorted(((run, space) for run in sampled for space in sampled[run]), key=lambda x: x[1] != RAW)
     with threadpool_limits(1), ThreadPoolExecutor(2) as pool:
-        planes = {
-            run: dict(zip(spaces, pool.map(embed, spaces.values()), strict=True))
-            for run, spaces in sampled.items()
-        }
+        coordinates = pool.map(
+            lambda key: embed(sampled[key[0]][key[1]], picture.iterations if key[1] == RAW else ITERATIONS),
+            order,
+        )
+        planes = dict(zip(order, coordinates, strict=True))
     with paper_style():
         _draw(sampled, planes, measured, dataset.classes, dataset.colors, folder, stamp)
 
 
-def sample_pixels(run: TrainedRun) -> dict[str, Points]:
-    """Return balanced points of all scales together and of every scale that shows two classes, by name."""
+def sample_pixels(run: TrainedRun, picture: Picture) -> dict[str, Points]:
+    """Return the points of the picture, and balanced ones of all scales together and of every scale, by name.
+
+    A scale that shows fewer than two classes is left out.
+    """
     dataset = run.dataset()
     pools: dict[str, list[Points]] = {}
     for number in range(len(dataset)):
         sample = dataset[number]
-        for space, grid in spaces_of(run.features(sample), sample).items():
-            pools.setdefault(space, []).append(_draw_from(grid, run.label(sample), space, number))
+        maps, label = run.features(sample), run.label(sample)
+        for space, grid in {RAW: maps[0], **spaces_of(maps, sample)}.items():
+            limits = _limits(space, picture)
+            pools.setdefault(space, []).append(_draw_from(grid, label, limits, space, number))
+    raw = _first_of_each_class(_join(pools.pop(RAW)), picture.per_class)
     found = {space: balance(_join(parts), space) for space, parts in pools.items()}
+    found = {RAW: raw, **found}
     found = {space: points for space, points in found.items() if len(np.unique(points.classes)) > 1}
     if ALL_SCALES not in found:
         raise MscsError(
@@ -105,15 +158,30 @@ def _limit(space: str) -> int:
     return PER_CLASS if space == ALL_SCALES else PER_CLASS_OF_SCALE
 
 
-def _draw_from(grid: Tensor, label: np.ndarray, space: str, number: int) -> Points:
+def _limits(space: str, picture: Picture) -> np.ndarray:
+    """Return for every training id how many pixels of it one image may give; 0 for the ignored one."""
+    limits = np.full(256, _limit(space))
+    if space == RAW:
+        limits[:FIRST_RARE_CLASS], limits[FIRST_RARE_CLASS:] = picture.per_image
+    limits[IGNORE_INDEX] = 0
+    return limits
+
+
+def _draw_from(grid: Tensor, label: np.ndarray, limits: np.ndarray, space: str, number: int) -> Points:
     """Draw up to the limit of pixels per class from one image."""
     cells = downsample_labels(torch.from_numpy(label)[None], *grid.shape[-2:])[0].numpy().ravel()
     random = numpy_generator(SEED, "tsne", space, number)
     order = random.permutation(len(cells))
     rank = _rank_within_class(cells[order])
-    chosen = order[(rank < _limit(space)) & (cells[order] != 255)]
+    chosen = order[rank < limits[cells[order]]]
     features = grid.flatten(1)[:, torch.from_numpy(chosen)].T.numpy()
     return Points(features, cells[chosen].astype(np.int64), np.full(len(chosen), number))
+
+
+def _first_of_each_class(points: Points, number: int) -> Points:
+    """Keep the first `number` points of each class, in order of the images."""
+    kept = _rank_within_class(points.classes) < number
+    return Points(points.features[kept], points.classes[kept], points.images[kept])
 
 
 def balance(points: Points, space: str) -> Points:
@@ -142,7 +210,7 @@ def _join(parts: list[Points]) -> Points:
 
 
 def separation(points: Points) -> dict[str, float]:
-    """Return how well classes are separated, each class counting the same.
+    """Return how well classes are separated, each class counting the same; features have length 1.
 
     knn_accuracy: percent of points whose class leads among their nearest neighbours in other images (those
     of the same image lie next to them); silhouette: -1 to 1, with cosine distance; distance_ratio: mean
@@ -180,18 +248,20 @@ def _knn_hits(distance: np.ndarray, index: np.ndarray, images: np.ndarray) -> np
     return (votes.argmax(1) == index).astype(float)
 
 
-def embed(points: Points) -> np.ndarray:
+def embed(points: Points, iterations: int) -> np.ndarray:
     """Return the t-SNE coordinates (N, 2)."""
     seed = derive_seed(SEED, "tsne", "embedding") % 2**32
-    perplexity = min(30.0, (len(points.classes) - 1) / 3)
-    return TSNE(init="pca", perplexity=perplexity, max_iter=400, random_state=seed).fit_transform(
-        points.features
-    )
+    features = points.features
+    if min(features.shape) > COMPONENTS:  # the authors' library does so, too
+        features = PCA(COMPONENTS, svd_solver="full").fit_transform(features)
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
+    tsne = TSNE(init="pca", perplexity=perplexity, max_iter=iterations, random_state=seed)
+    return tsne.fit_transform(features)
 
 
 def _draw(
     sampled: Mapping[str, Mapping[str, Points]],
-    planes: Mapping[str, Mapping[str, np.ndarray]],
+    planes: Mapping[tuple[str, str], np.ndarray],
     measured: Mapping[str, Mapping[str, Mapping[str, float]]],
     classes: tuple[str, ...],
     colors: np.ndarray,
@@ -199,24 +269,25 @@ def _draw(
     stamp: str,
 ) -> None:
     runs = list(sampled)
-    shown = [int(i) for i in np.unique(sampled[runs[0]][ALL_SCALES].classes)]
+    shown = [int(i) for i in np.unique(sampled[runs[0]][RAW].classes)]
     legend = {"handles": point_legend(classes, colors, shown), "loc": "center left", "handletextpad": 0.1}
     figure, axes = plt.subplots(2, 1, figsize=(COLUMN, 5.9))
     for axis, run in zip(axes, runs, strict=True):
-        _scatter(axis, sampled[run][ALL_SCALES], planes[run][ALL_SCALES], colors, 9)
-        axis.set_title(f"{run}\n{_numbers(measured[run]['all scales'])}", loc="left")
-    figure.subplots_adjust(left=0.01, right=0.77, top=0.94, bottom=0.03, hspace=0.16)
+        points = sampled[run][RAW]
+        _scatter(axis, points, planes[run, RAW], colors, 9 if len(points.classes) < 2000 else 2)
+        axis.set_title(run, loc="left")
+    figure.subplots_adjust(left=0.01, right=0.77, top=0.96, bottom=0.03, hspace=0.1)
     figure.legend(**legend, bbox_to_anchor=(0.77, 0.5), labelspacing=0.75)
     save(figure, folder, "fig1", stamp)
     plt.close(figure)
 
-    spaces = [space for space in sampled[runs[0]] if space != ALL_SCALES]
-    figure, grid = plt.subplots(2, len(spaces), figsize=(COLUMN * 1.5, 4.6), squeeze=False)
+    spaces = [space for space in sampled[runs[0]] if space != RAW]
+    figure, grid = plt.subplots(2, len(spaces), figsize=(COLUMN * 1.8, 4.6), squeeze=False)
     for row, run in zip(grid, runs, strict=True):
         row[0].set_ylabel(run)
         for axis, space in zip(row, spaces, strict=True):
-            _scatter(axis, sampled[run][space], planes[run][space], colors, 4)
-            axis.set_title(f"{space}\n{_numbers(measured[run][space], short=True)}", fontsize=5.5)
+            _scatter(axis, sampled[run][space], planes[run, space], colors, 4)
+            axis.set_title(f"{space}\n{_numbers(measured[run][space])}", fontsize=5.5)
     figure.subplots_adjust(left=0.03, right=0.99, top=0.93, bottom=0.14, hspace=0.22, wspace=0.04)
     legend |= {"loc": "lower center", "ncols": 10, "columnspacing": 1.0}
     figure.legend(**legend, bbox_to_anchor=(0.5, 0.03))
@@ -242,9 +313,6 @@ def _scatter(axis: Axes, points: Points, plane: np.ndarray, colors: np.ndarray, 
         spine.set_color("#bbbbbb")
 
 
-def _numbers(values: Mapping[str, float], short: bool = False) -> str:
+def _numbers(values: Mapping[str, float]) -> str:
     knn, silhouette, ratio = (values[key] for key in ("knn_accuracy", "silhouette", "distance_ratio"))
-    if short:
-        return f"{NEIGHBOURS}-NN {knn:.1f} %, silh. {silhouette:+.2f}, ratio {ratio:.2f}"
-    text = f"{NEIGHBOURS}-NN accuracy {knn:.1f} %, silhouette {silhouette:+.2f}"
-    return f"{text}, intra/inter distance {ratio:.2f}"
+    return f"{NEIGHBOURS}-NN {knn:.1f} %, silh. {silhouette:+.2f}, ratio {ratio:.2f}"

@@ -3,8 +3,9 @@
 A cell is reproduced when our value lies within the dataset's tolerance of the published one (see
 `reproduce.tables.TOLERANCES`), or within two standard errors of our own seeds where those are wider. A
 direction holds when its gap has the paper's sign, and is certain when it also exceeds twice the standard
-error of the difference of the two means; with a single seed nothing is certain. Profile mini reports
-directions only.
+error of the difference of the two means; with a single seed nothing is certain. A cell whose published value
+is no measurement of the paper's own (`judged: false` in paper.yaml) is shown and not judged. Profile mini
+reports directions only.
 """
 
 import math
@@ -58,6 +59,7 @@ def _cell_row(results: Results, cell: Any) -> dict[str, Any]:
         "column": cell.column,
         "paper": cell.paper,
         "ours": filled.ours.number,
+        "difference": filled.difference,
         "std": filled.ours.std,
         "n": filled.ours.n,
         "status": status,
@@ -94,11 +96,15 @@ def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: lis
         gap += f" ± {row['error']:.2f}" if row["error"] is not None else ""
         lines.append(f"| {row['table']} | {row['claim']} | {gap} | {row['status']} |")
     if results.profile != "mini":
-        lines += ["", "| table | row | column | paper | ours | status |", "|---|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| table | row | column | paper | ours | difference | status |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for row in cell_rows:
             ours = f"{row['ours']:.1f}" if isinstance(row["ours"], float) else row["ours"] or ""
             paper = "-" if row["paper"] is None else row["paper"]
-            lines.append(
-                f"| {row['table']} | {row['row']} | {row['column']} | {paper} | {ours} | {row['status']} |"
-            )
+            gap = "" if row["difference"] is None else f"{row['difference']:+.1f}"
+            texts = (row["table"], row["row"], row["column"], str(paper), ours, gap, row["status"])
+            lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines) + "\n"

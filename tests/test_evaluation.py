@@ -1,5 +1,6 @@
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from mscs.metrics import scores
 from mscs.models import ModelOutput
 from mscs.params import load_params
 from mscs.predictions import prediction_saver
+from mscs.transforms import normalize
 
 ROOT = Path(__file__).parent.parent
 CITYSCAPES = "cityscapes-hrnet-hr48-ce-b8-40k"
@@ -114,6 +116,28 @@ def test_mirrored_rows_of_cadis_count_but_are_not_saved(generated):
         assert np.array_equal(label[2:-2], sample.label)
         assert prediction.shape == sample.label.shape
     assert tally.boundary is None
+
+
+@pytest.mark.parametrize(
+    ("run", "recipe", "expected"),
+    [
+        ("cityscapes-hrnet-hr48-ce", "paper", True),
+        ("ade20k-ocrnet-hr48-ce", "paper", True),
+        ("ade20k-deeplabv3-r101-ce", "paper", True),
+        ("ade20k-deeplabv3-r101-ce", "upstream", False),
+        ("ade20k-upernet-swint-ce", "paper", False),
+    ],
+)
+def test_scores_are_resized_with_the_flag_of_the_run_s_network(run, recipe, expected):
+    settings = load_params(ROOT / "params.yaml").resolve(run, "mini", {"recipe": recipe}).settings
+    predictor = Predictor(
+        build_network(settings, 5, seed=0), build_protocol(replace(settings, short_side=48))
+    )
+    small = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    shown, inner = predictor._fit(small)
+    logits = predictor._logits(normalize(shown)[None])[:, :, : inner[0], : inner[1]].detach()
+    resized = F.interpolate(logits, (32, 40), mode="bilinear", align_corners=expected)
+    assert torch.equal(predictor.scores(small), resized[0])
 
 
 def test_a_run_is_scored_per_seed_and_mode(generated, tmp_path):

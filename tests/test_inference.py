@@ -1,12 +1,16 @@
+import math
+
+import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from mscs.inference import Place, Predictor, Protocol, window_places
 from mscs.models import ModelOutput
-from mscs.transforms import normalize
+from mscs.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 class Local(nn.Module):
@@ -109,10 +113,132 @@ def test_exponentials_of_large_logits_stay_finite(image):
 @pytest.mark.parametrize("overlap", [0.0, 1 / 3, 0.5])
 def test_windows_cover_every_pixel_and_stay_inside(overlap):
     seen = torch.zeros(50, 70, dtype=torch.int)
-    for place in window_places((50, 70), (32, 32), overlap):
+    for place in window_places((50, 70), (32, 32), overlap, shift=True):
         assert isinstance(place, Place)
         assert (place.bottom - place.top, place.right - place.left) == (32, 32)
         assert place.bottom <= 50
         assert place.right <= 70
         seen[place.top : place.bottom, place.left : place.right] += 1
     assert seen.min() >= 1
+
+
+@pytest.mark.parametrize("overlap", [0.0, 1 / 3])
+def test_windows_that_are_not_shifted_keep_their_stride_and_reach_beyond(overlap):
+    places = list(window_places((50, 70), (32, 32), overlap, shift=False))
+    stride = int(32 * (1 - overlap))
+    assert {p.top for p in places} == set(range(0, 50 - 32 + stride, stride))
+    assert {p.left for p in places} == set(range(0, 70 - 32 + stride, stride))
+    assert max(p.bottom for p in places) >= 50
+    assert max(p.right for p in places) >= 70
+
+
+def pascal_context_reference(model, pixels, scales, base, window):
+    """Multi-scale scores of the authors' Pascal-Context evaluation, float64, one window at a time.
+
+    pixels: float64 (h, w, 3), normalised. The longer side becomes base times the scale, sizes rounded. What
+    is smaller than the window gets black below and to the right. Windows start every two thirds of a window;
+    what the last ones lack is black again, and only what shows the image counts. exp of the mean over both
+    flips, averaged over windows, summed over scales.
+    """
+    black = -np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)
+
+    def filled(part):
+        whole = np.tile(black, (max(window, part.shape[0]), max(window, part.shape[1]), 1))
+        whole[: part.shape[0], : part.shape[1]] = part
+        return whole
+
+    def exponentials(part):
+        batch = torch.from_numpy(part.transpose(2, 0, 1)[None].copy())
+        straight, mirrored = model(batch).logits, model(batch.flip(-1)).logits.flip(-1)
+        return ((straight + mirrored) * 0.5).exp().numpy()[0]
+
+    total = 0.0
+    stride = int(window * 2 / 3)
+    for scale in [*scales, 1.0]:
+        long, side = int(base * scale + 0.5), max(pixels.shape[:2])
+        height, width = (int(length * long / side + 0.5) for length in pixels.shape[:2])
+        padded = filled(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR))
+        summed = np.zeros((4, *padded.shape[:2]))
+        seen = np.zeros(padded.shape[:2])
+        for row in range(math.ceil((padded.shape[0] - window) / stride) + 1):
+            for column in range(math.ceil((padded.shape[1] - window) / stride) + 1):
+                area = np.s_[
+                    row * stride : min(row * stride + window, padded.shape[0]),
+                    column * stride : min(column * stride + window, padded.shape[1]),
+                ]
+                part = padded[area]
+                scores = exponentials(filled(part))
+                summed[:, *area] += scores[:, : part.shape[0], : part.shape[1]]
+                seen[area] += 1
+        mean = torch.from_numpy((summed / seen)[None, :, :height, :width])
+        total += F.interpolate(mean, pixels.shape[:2], mode="bilinear", align_corners=model.align_corners)
+    return total[0]
+
+
+class Contextual(nn.Module):
+    """Scores that depend on the whole of what is shown, so that padding and the place of a window matter."""
+
+    def __init__(self, align_corners):
+        super().__init__()
+        self.align_corners = align_corners
+        generator = torch.Generator().manual_seed(4)
+        self.near = torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64) / 5
+        self.far = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+
+    def forward(self, images):
+        near = F.conv2d(images.double(), self.near, padding=2)
+        far = images.double().mean((2, 3)) @ self.far.T
+        return ModelOutput(near + far[:, :, None, None], None, None)
+
+
+@pytest.mark.parametrize("size", [(40, 64), (61, 47), (33, 33), (90, 31), (52, 52)])
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_pascal_context_is_scored_as_the_authors_do(size, align_corners):
+    image = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image = cv2.GaussianBlur(image, (0, 0), 2)
+    model = Contextual(align_corners)
+    scales, base, window = (0.5, 0.75, 1.25, 1.5, 1.75, 2.0), 52, 48
+    protocol = Protocol(
+        ms_scales=scales,
+        ms_long_side=base,
+        ms_window=(window, window),
+        ms_overlap=0.3333,
+        ms_border="pad",
+        ms_merge="exp",
+    )
+    found = Predictor(model, protocol, max_batch=3).scores(image, multi_scale=True)
+    pixels = (image / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    expected = pascal_context_reference(model, pixels, scales, base, window)
+    assert torch.equal(found.argmax(0), expected.argmax(0))
+    # pixels and logits are float32 in the package
+    assert torch.allclose(found.double(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_scores_are_resized_as_the_network_resizes(image, align_corners):
+    model = Local()
+    model.align_corners = align_corners
+    protocol = Protocol(short_side=25, ms_scales=(0.5,), ms_merge="logits")
+    found = {mode: Predictor(model, protocol).scores(image, multi_scale=mode) for mode in (False, True)}
+    shown = normalize(np.asarray(Image.fromarray(image).resize((40, 25), Image.Resampling.BILINEAR)))[None]
+
+    def resized(x, size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
+
+    def both(x):
+        return (model(x).logits + model(x.flip(-1)).logits.flip(-1)) / 2
+
+    assert torch.allclose(found[False], resized(model(shown).logits, (40, 64))[0], atol=1e-5)
+    merged = both(shown) + resized(both(resized(shown, (12, 20))), (25, 40))
+    assert torch.allclose(found[True], resized(merged, (40, 64))[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((40, 67), (30, 50)), ((66, 40), (50, 30)), ((40, 66), (30, 50)), ((37, 55), (30, 45))],
+)
+def test_the_long_side_is_rounded(size, shown):
+    # 30 / 40 * 67 = 50.25, 49.5 and 44.59: the authors round (to even where it is a half)
+    model = Local()
+    Predictor(model, Protocol(short_side=30)).scores(np.zeros((*size, 3), np.uint8))
+    assert model.sizes == [(1, 3, *shown)]

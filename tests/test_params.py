@@ -105,6 +105,24 @@ def test_every_run_resolves_in_every_profile_and_comes_back_from_json(params):
             assert set(resolved.settings.model_options) <= set(MODEL_OPTIONS[resolved.settings.model])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("paper", {"swinb22k": 512, "swinl22k": 640}),
+        ("code", {"swinb22k": 512, "swinl22k": 512}),
+        ("upstream", {"swinb22k": 640, "swinl22k": 640}),
+    ],
+)
+def test_ade20k_is_scored_at_the_size_of_the_training_crops_but_in_recipe_code(params, recipe, expected):
+    for run in params.runs:
+        if not run.startswith("ade20k-upernet-"):
+            continue
+        settings = params.resolve(run, "paper", {"recipe": recipe}).settings
+        assert settings.short_side == expected.get(run.split("-")[2], 512)
+        assert settings.short_side == settings.crop_size[0] or recipe == "code"
+        assert params.resolve(run, "mini", {"recipe": recipe}).settings.short_side == 96
+
+
 def test_mini_keeps_the_ratio_of_budgets_and_four_groups(params):
     steps = [
         params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.steps for k in (40, 80, 120)
@@ -121,6 +139,48 @@ def test_sources_name_the_supplements_table(params):
     assert "Table 5" in sources["lr"]
     assert "Table 7" in params.resolve("cadis-ocrnet-r50-ce", "paper").sources["steps"]
     assert sources["seeds"].startswith("our choice")
+
+
+def test_a_source_names_where_the_value_really_stands(params):
+    def source(run, key, recipe="paper"):
+        return params.resolve(run, "paper", {"recipe": recipe}).sources[key]
+
+    for run in ("cadis-ocrnet-r50-ours", "cityscapes-deeplabv3-r101-ours"):
+        for key in ("scale_weights", "cross_pairs"):
+            assert source(run, key).startswith("our reading")
+    assert source("cityscapes-hrnet-hr48-ours", "scale_weights").startswith("supplement, Table 1(b)")
+    concat = source("cityscapes-hrnet-hr48-one-scale", "projector")
+    assert "HRNet.py:602-605" in concat
+    assert "720" in concat
+    for key in ("skip_wrong_labels", "scale_range"):
+        assert source("cadis-ocrnet-r50-ce", key).startswith("our choice")
+    assert "defaults.py:204" in source("cadis-ocrnet-r50-ce", "skip_wrong_labels", "code")
+    options = source("cityscapes-upernet-r101-ce", "model_options")
+    assert options.startswith(
+        "align_corners, dropout: our choice, after the authors' configuration for UPerNet"
+    )
+    assert "models/UPerNet.py" in source("cityscapes-upernet-r101-ce", "model_options", "code")
+
+
+def test_a_source_in_the_authors_code_is_a_file_a_configuration_or_an_absence(params):
+    for run in params.runs:
+        for recipe in ("paper", "code", "upstream"):
+            sources = params.resolve(run, "paper", {"recipe": recipe}).sources
+            assert not sources["pretrained"].startswith("authors' code")
+            for key, source in sources.items():
+                if "authors' code" in source and key != "recipe":
+                    named = source.split("authors' code", 1)[1]
+                    assert ".py" in named or "models/" in named or "no autocast" in named, (run, key, source)
+
+
+def test_a_recipe_is_a_source_of_its_own(params):
+    resolved = params.resolve("cityscapes-upernet-swins-ce", "paper", {"recipe": "code"})
+    assert resolved.sources["recipe"].startswith("--set")
+    assert "drop_path_rate: authors' code, models/Swin.py" in resolved.sources["model_options"]
+    assert "aux_index: authors' configuration" in resolved.sources["model_options"]
+    asked = {"model_options": {"dropout": 0.2}}
+    found = params.resolve("cityscapes-upernet-swins-ce", "paper", asked).sources["model_options"]
+    assert found.endswith("dropout: --set")
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,6 @@ def test_an_ignored_image_passes():
 def test_padding_is_black_and_ignored():
     sample = Picture(np.full((20, 20, 3), 200, np.uint8), np.ones((20, 20), np.uint8))
     transform = TrainTransform(crop_size=(64, 64), scale_range=(1, 1), aspect_range=(1, 1), photometric=None)
-    corners = set()
     for seed in range(20):
         image, label = transform(sample, np.random.default_rng(seed))
         inside = (label == 1).numpy()
@@ -270,8 +269,38 @@ def test_padding_is_black_and_ignored():
         assert torch.equal(
             image[:, ~inside], normalize(np.zeros((1, 1, 3), np.uint8))[:, 0].expand(3, 64 * 64 - 400)
         )
-        corners.add((int(inside.any(1).argmax()), int(inside.any(0).argmax())))
-    assert corners == {(0, 0), (0, 44), (44, 0), (44, 44)}
+
+
+def test_padding_before_is_uniform_from_none_to_all_of_what_is_missing():
+    # the authors draw randint(0, missing), both ends included, for each axis by itself
+    sample = Picture(np.full((20, 28, 3), 200, np.uint8), np.ones((20, 28), np.uint8))
+    transform = TrainTransform(
+        crop_size=(29, 32), scale_range=(1, 1), aspect_range=(1, 1), hflip=0, photometric=None, crop_tries=1
+    )
+    rng = np.random.default_rng(0)
+    counts = np.zeros((10, 5), int)
+    for _ in range(5000):
+        inside = (transform(sample, rng)[1] == 1).numpy()
+        counts[inside.any(1).argmax(), inside.any(0).argmax()] += 1
+    expected = counts.sum() / counts.size  # every (rows, columns) is equally likely
+    # the 99.9 % quantile of chi-square with 49 degrees of freedom
+    assert ((counts - expected) ** 2 / expected).sum() < 85.4
+
+
+def test_a_crop_of_a_padded_image_may_lie_anywhere_along_the_long_side():
+    sample = Picture(np.zeros((20, 40, 3), np.uint8), np.tile(np.arange(40, dtype=np.uint8), (20, 1)))
+    transform = TrainTransform(
+        crop_size=(24, 30), scale_range=(1, 1), aspect_range=(1, 1), hflip=0, photometric=None, crop_tries=1
+    )
+    rng = np.random.default_rng(1)
+    seen = {}
+    for _ in range(600):
+        label = transform(sample, rng)[1].numpy()
+        top = int((label != 255).any(1).argmax())
+        assert np.array_equal(label[top], np.arange(label[top, 0], label[top, 0] + 30))
+        assert (label != 255).sum() == 20 * 30
+        seen.setdefault(top, set()).add(int(label[top, 0]))
+    assert seen == {top: set(range(11)) for top in range(5)}
 
 
 def test_same_generator_same_result():

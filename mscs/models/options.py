@@ -37,7 +37,7 @@ MODEL_OPTIONS: dict[str, dict[str, object]] = {
     },
     "deeplabv3": {
         **COMMON_DEFAULTS,
-        "align_corners": True,
+        "align_corners": True,  # upstream: False
         "output_stride": 8,
         "aspp_channels": 256,
         "aspp_rates": (12, 24, 36),
@@ -45,11 +45,11 @@ MODEL_OPTIONS: dict[str, dict[str, object]] = {
     },
     "upernet": {
         **COMMON_DEFAULTS,
-        "align_corners": False,
+        "align_corners": False,  # code: True with a ResNet, for which it has no configuration
         "channels": 512,
         "pool_sizes": (1, 2, 3, 6),
         "ppm_upsample_first": True,  # pool, upsample, convolve; upstream: False (pool, convolve, upsample)
-        "dropout": 0.1,
+        "dropout": 0.1,  # code: 0 with a ResNet
         "aux_index": "auto",  # stage that feeds the auxiliary head; auto: 2 for Swin, else no head; code: 3
         "aux_channels": 256,
     },
@@ -60,7 +60,7 @@ MODEL_OPTIONS: dict[str, dict[str, object]] = {
 UPSTREAM_OPTIONS: dict[str, dict[str, object]] = {
     "hrnet": {"fuse_align_corners": True, "head_kernel": 1, "head_relu": True, "head_bias": True},
     "ocrnet": {"fuse_align_corners": True, "aux_kernel": 1, "aux_channels": 720, "dropout": 0.05},
-    "deeplabv3": {"aspp_bn_eps": 1e-5},
+    "deeplabv3": {"aspp_bn_eps": 1e-5, "align_corners": False},
     "upernet": {"ppm_upsample_first": False},
 }
 # What the published configuration files of the authors' code set differently from our defaults; for UPerNet

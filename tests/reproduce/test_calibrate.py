@@ -190,3 +190,13 @@ def test_segformer_comes_from_transformers(tmp_path, monkeypatch):
     assert SegFormer(tmp_path)(torch.ones(1, 3, 32, 64)).logits.shape == (1, 2, 32, 64)
     with pytest.raises(UsageError, match="no folder"):
         SegFormer(tmp_path / "missing")
+
+
+def test_checkpoints_are_scored_at_the_size_they_were_trained_at(params):
+    sizes = {name: checkpoint_settings(entry, params).short_side for name, entry in CHECKPOINTS.items()}
+    assert {name: size for name, size in sizes.items() if size} == {
+        "upernet-swin-t": 512,
+        "upernet-swin-s": 512,
+        "upernet-swin-b": 512,
+        "segformer-b5": 640,
+    }

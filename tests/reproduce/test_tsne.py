@@ -14,6 +14,7 @@ from mscs.engine import build_network
 from mscs.errors import MscsError
 from mscs.params import load_params
 from reproduce import tsne
+from reproduce.report import TSNE_RULE
 from reproduce.trained import TrainedRun
 from reproduce.tsne import Points, balance, embed, separation, spaces_of, write_tsne
 
@@ -85,8 +86,8 @@ def test_embedding_is_the_same_each_time():
     random = np.random.default_rng(0)
     features = random.normal(size=(40, 5)) + np.repeat(np.eye(2, 5) * 20, 20, 0)
     points = Points(features.astype(np.float32), np.repeat([0, 1], 20), np.arange(40))
-    plane = embed(points)
-    assert np.array_equal(plane, embed(points))
+    plane = embed(points, 400)
+    assert np.array_equal(plane, embed(points, 400))
     gap = np.linalg.norm(plane[:20].mean(0) - plane[20:].mean(0))
     assert gap > 2 * plane[:20].std(0).max()
 
@@ -94,7 +95,7 @@ def test_embedding_is_the_same_each_time():
 def test_too_few_labelled_pixels_is_an_error_that_says_so(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(tsne, "LEAST_PER_CLASS", 10**6)
     with pytest.raises(MscsError, match="fewer than two classes"):
-        tsne.sample_pixels(runs[0])
+        tsne.sample_pixels(runs[0], tsne.MINI)
 
 
 @pytest.fixture
@@ -114,9 +115,12 @@ def test_figure_has_numbers_for_both_runs_and_every_scale(tmp_path, runs, monkey
     monkeypatch.setattr(tsne, "PER_CLASS_OF_SCALE", 10)
     write_tsne(*runs, tmp_path, "profile mini: a stamp")
     found = json.loads((tmp_path / "fig1.json").read_text())
-    assert list(found) == [*tsne.NETWORKS, "points"]
+    assert list(found) == [*tsne.NETWORKS, "points", "picture"]
+    assert found["picture"]["iterations"] == tsne.MINI.iterations
+    assert 1 < max(found["picture"]["points"].values()) <= tsne.MINI.per_class
     for name in tsne.NETWORKS:
         assert {tsne.ALL_SCALES, "scale 0, stride 4"} <= set(found[name])
+        assert tsne.RAW not in found[name]
         assert all(0 <= values["knn_accuracy"] <= 100 for values in found[name].values())
     assert found[tsne.NETWORKS[0]] != found[tsne.NETWORKS[1]]
     assert max(found["points"].values()) == tsne.PER_CLASS
@@ -126,3 +130,56 @@ def test_figure_has_numbers_for_both_runs_and_every_scale(tmp_path, runs, monkey
     assert first.startswith(b"%PDF")
     assert b"/CreationDate" not in first
     assert not list(tmp_path.glob(".*"))
+
+
+class Street:
+    """A run whose images show one class on either side and whose map tells each cell."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def dataset(self):
+        label = np.full((32, 64), 255, np.uint8)
+        label[:, :32], label[:16, 32:] = 3, 17
+        return [Sample(np.zeros((32, 64, 3), np.uint8), label, str(i)) for i in range(self.images)]
+
+    def label(self, sample):
+        return sample.label
+
+    def features(self, sample):
+        cells = torch.arange(8.0 * 16).reshape(1, 8, 16) + 1
+        return [torch.cat([cells, torch.full_like(cells, float(sample.id))]), torch.rand(2, 4, 8)]
+
+
+def test_the_picture_takes_what_the_authors_take():
+    assert (tsne.AUTHORS.per_class, tsne.AUTHORS.iterations, tsne.PERPLEXITY) == (1000, 2000, 30)
+    points = tsne.sample_pixels(Street(110), tsne.AUTHORS)[tsne.RAW]
+    for value, per_image, total in ((3, 2, 220), (17, 10, 1000)):
+        of_class = points.classes == value
+        assert of_class.sum() == total
+        images, counts = np.unique(points.images[of_class], return_counts=True)
+        assert set(counts) == {per_image}
+        # in order of the images, until there are enough
+        assert images.tolist() == list(range(total // per_image))
+    cells, image = points.features.T
+    assert np.array_equal(image, points.images), "features are those of the cell, neither scaled nor joined"
+    columns, rows = (cells.astype(int) - 1) % 16, (cells.astype(int) - 1) // 16
+    assert np.array_equal(points.classes == 3, columns < 8)
+    assert (rows[points.classes == 17] < 4).all()
+    assert len(np.unique(cells[points.classes == 17])) == 32, "drawn at random from all cells"
+
+
+def test_profile_paper_draws_as_the_authors_and_mini_less(tmp_path, runs, monkeypatch):
+    asked = []
+    plane = lambda points, iterations: asked.append(iterations) or np.zeros((len(points.classes), 2))  # noqa: E731
+    monkeypatch.setattr(tsne, "embed", plane)
+    pairs = {"paper": [replace(run, settings=replace(run.settings, profile="paper")) for run in runs]}
+    for name, pair in ({"mini": runs} | pairs).items():
+        asked.clear()
+        write_tsne(*pair, tmp_path / name, "a stamp")
+        expected = tsne.MINI if name == "mini" else tsne.AUTHORS
+        assert asked[:2] == [expected.iterations] * 2
+        drawn = json.loads((tmp_path / name / "fig1.json").read_text())["picture"]
+        assert (drawn["per_class"], drawn["perplexity"]) == (expected.per_class, 30)
+        for number in (expected.per_class, expected.iterations):
+            assert str(number) in TSNE_RULE
