@@ -156,7 +156,6 @@ def require_data(settings: Settings, root: Path) -> None:
             another number or size.
         MscsError: a real dataset whose files do not fit its manifest.
     """
-    from mscs.datasets.verify import check_manifest
 
     data = settings.data
     if not root.is_dir():
@@ -175,6 +174,8 @@ def require_data(settings: Settings, root: Path) -> None:
             f"the right folder with --data-root, or --set data_source={'generated' if made else 'real'}"
         )
     if made is None:
+        from mscs.datasets.verify import check_manifest
+
         check_manifest(data.name, root)
         return
     asked = {"train": data.train_images, "val": data.val_images, "image_size": data.image_size}
