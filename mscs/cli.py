@@ -102,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only"
     )
     evaluate.add_argument("--split", default="val", help="split to score (default: val)")
-    evaluate.add_argument("--boundary", action="store_true", help="boundary IoU too")
     evaluate.add_argument(
         "--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format"
     )
@@ -270,8 +269,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     files = _train_files(settings, args)
     weights = {seed: args.checkpoint or files.weights(seed) for seed in settings.seeds}
     results = files.results
-    asked = [str(args.checkpoint), args.split, args.ms, args.boundary]
-    if asked != ["None", "val", False, False]:  # not what the pipeline asks for: it keeps its own scores
+    asked = [str(args.checkpoint), args.split, args.ms]
+    if asked != ["None", "val", False]:  # not what the pipeline asks for: it keeps its own scores
         tag = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         results = results.with_name(f"{results.name}+{tag}")
     save = None
@@ -282,9 +281,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         save = prediction_saver(args.save_predictions)
     with join_world(args.device) as world:
-        record, matrices = evaluate_run(
-            settings, root, weights, world, split=args.split, boundary=args.boundary, save=save
-        )
+        record, matrices = evaluate_run(settings, root, weights, world, split=args.split, save=save)
         if world.is_main:
             write_json(results / "evaluation.json", record)
             write_json(results / "confusion.json", {k: nonzero(m) for k, m in matrices.items()})

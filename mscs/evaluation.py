@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from mscs.datasets import Dataset, Sample
 from mscs.distributed import World, all_sum
 from mscs.engine import AUTOCAST, apply_machine_settings, build_network, open_dataset
 from mscs.inference import Predictor, Protocol
-from mscs.metrics import boundary_counts, boundary_scores, confusion_matrix, majority_miou, scores
+from mscs.metrics import confusion_matrix, majority_miou, scores
 from mscs.models.weights import load_strictly
 from mscs.params import Settings
 from mscs.transforms import pad_reflect
@@ -68,15 +68,6 @@ def scored_label(sample: Sample, settings: Settings) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(label))
 
 
-class Tally(NamedTuple):
-    """What evaluation counts over a split, summed over all processes, on the CPU."""
-
-    confusion: Tensor
-    """(K, K) int64."""
-    boundary: Tensor | None
-    """(2, K) int64, see `boundary_counts`."""
-
-
 def evaluate_model(
     predictor: Predictor,
     dataset: Dataset,
@@ -84,24 +75,23 @@ def evaluate_model(
     world: World,
     *,
     multi_scale: bool,
-    boundary: bool = False,
     on_prediction: Callable[[Sample, np.ndarray], None] | None = None,
-) -> Tally:
-    """Count a split; `on_prediction` gets every sample with its training ids (H, W) uint8 at native size."""
+) -> Tensor:
+    """Return the confusion matrix (K, K) int64 of a split, summed over all processes, on the CPU.
+
+    `on_prediction` gets every sample with its training ids (H, W) uint8 at native size.
+    """
     classes, ignored = dataset.num_classes, dataset.ignore_index
     total = torch.zeros(classes, classes, dtype=torch.int64, device=predictor.device)
-    edges = torch.zeros(2, classes, dtype=torch.int64, device=predictor.device)
     for sample in _progress(_share(dataset, world), dataset, settings, world):
         prediction = predictor.scores(sample.image, multi_scale=multi_scale).argmax(0)
         label = scored_label(sample, settings).to(prediction.device)
         total += confusion_matrix(prediction, label, classes, ignored)
-        if boundary:
-            edges += boundary_counts(prediction, label, classes, ignored)
         if on_prediction is not None:
             top = settings.reflect_pad[0] if settings.score_padding else 0
             native = prediction[top : top + len(sample.label)]
             on_prediction(sample, native.cpu().numpy().astype(np.uint8))
-    return Tally(all_sum(total).cpu(), all_sum(edges).cpu() if boundary else None)
+    return all_sum(total).cpu()
 
 
 def evaluate_run(
@@ -111,7 +101,6 @@ def evaluate_run(
     world: World,
     *,
     split: str = "val",
-    boundary: bool = False,
     save: Callable[[str, Dataset, Sample, np.ndarray], None] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Evaluate every seed of a run; return scores by mode and seed, and the confusion matrices behind them.
@@ -126,21 +115,17 @@ def evaluate_run(
         predictor = build_predictor(settings, dataset.num_classes, path, world.device)
         for mode in settings.evaluation:
             name = f"{mode}-seed-{seed}"
-            tally = evaluate_model(
+            confusion = evaluate_model(
                 predictor,
                 dataset,
                 settings,
                 world,
                 multi_scale=MODES[mode],
-                boundary=boundary,
                 on_prediction=partial(save, name, dataset) if save is not None else None,
             )
-            found = scores(tally.confusion, settings.absent_classes)
-            if tally.boundary is not None:
-                found |= boundary_scores(tally.boundary, settings.absent_classes)
-            record[mode]["seeds"][str(seed)] = found
-            record["majority_miou"] = majority_miou(tally.confusion, settings.absent_classes)
-            matrices[name] = tally.confusion.numpy()
+            record[mode]["seeds"][str(seed)] = scores(confusion, settings.absent_classes)
+            record["majority_miou"] = majority_miou(confusion, settings.absent_classes)
+            matrices[name] = confusion.numpy()
     for mode in settings.evaluation:
         values = [entry["miou"] for entry in record[mode]["seeds"].values()]
         record[mode] = {

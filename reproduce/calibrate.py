@@ -110,8 +110,8 @@ def calibrate(
     for mode, published in checkpoint.published.items():
         if mode == "ms" and not multi_scale:
             continue
-        tally = evaluate_model(predictor, dataset, settings, world, multi_scale=MODES[mode])
-        found = float(scores(tally.confusion, settings.absent_classes)["miou"])  # type: ignore[arg-type]
+        confusion = evaluate_model(predictor, dataset, settings, world, multi_scale=MODES[mode])
+        found = float(scores(confusion, settings.absent_classes)["miou"])  # type: ignore[arg-type]
         rows[mode] = judge(found, published, TOLERANCES[mode])
     document = {
         "run": checkpoint.run,
