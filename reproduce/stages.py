@@ -89,7 +89,7 @@ def qualitative(profile: str) -> None:
 
 
 def report(profile: str) -> None:
-    """Write report.html and report.md."""
+    """Write report.html."""
     from reproduce.report import write_report
 
     write_report(profile, RESULTS / profile)
