@@ -4,7 +4,6 @@ A revision is anything git knows (commit, branch, tag), the name of a DVC experi
 tree. Only params.yaml and the small result files are read, so a clone without data is enough.
 """
 
-import html
 import io
 import json
 import math
@@ -24,16 +23,11 @@ from mscs.errors import UsageError
 from mscs.params import Params
 from mscs.results import read_json
 from reproduce.cells import Cell, cells
+from reproduce.rendering import markdown_page, markdown_table, render
 from reproduce.tables import Results
 from reproduce.verify import standard_error
 
 WORKING_TREE = "."
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #8886; text-align: left; white-space: nowrap; }
-"""
 
 
 @dataclass(frozen=True)
@@ -234,39 +228,19 @@ def _show(value: Any) -> str:
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Return the comparison for a terminal."""
+    """Return the comparison for a terminal, in Markdown."""
     a, b = document["first"], document["second"]
-    lines = [f"{a['name']} -> {b['name']}, profile {document['profile']}", *document["remarks"]]
+    blocks = [f"{a['name']} -> {b['name']}, profile {document['profile']}", *document["remarks"]]
     for title, header, rows in sections(document):
-        lines += ["", f"{title}: {len(rows)}"]
-        if rows and title != "Untouched runs":
-            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-            for row in [header, *rows]:
-                padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-                lines.append("  " + "  ".join(padded).rstrip())
-    return "\n".join([*lines, "", f"Cells without a result on either side: {document['not_run']}"])
+        shown = [] if title == "Untouched runs" else rows
+        blocks += [f"{title}: {len(rows)}", markdown_table(header, shown, aligned=True)]
+    return markdown_page(*blocks, f"Cells without a result on either side: {document['not_run']}").rstrip()
 
 
 def as_html(document: Mapping[str, Any]) -> str:
     """Return the comparison as one self-contained page."""
-    escape = html.escape
-    title = escape(f"{document['first']['name']} → {document['second']['name']}")
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8">', f"<title>{title}</title>"]
-    parts += [
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',
-    ]
-    parts += [f"<style>{STYLE}</style>", f"<h1>{title}</h1><p>Profile {escape(document['profile'])}.</p>"]
-    parts += [f"<p>{escape(text)}</p>" for text in document["remarks"]]
-    for heading, header, rows in sections(document):
-        parts.append(f"<h2>{escape(heading)}: {len(rows)}</h2>")
-        if rows:
-            body = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
-            head = "".join(f"<th>{escape(text)}</th>" for text in header)
-            table = "".join(f"<tr>{row}</tr>" for row in [head, *body])
-            parts.append(f'<div class="scroll"><table>{table}</table></div>')
-    parts.append(f"<p>Cells without a result on either side: {document['not_run']}.</p></html>\n")
-    return "\n".join(parts)
+    title = f"{document['first']['name']} → {document['second']['name']}"
+    return render("compare.html.j2", {**document, "title": title, "sections": list(sections(document))})
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
