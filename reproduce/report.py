@@ -22,10 +22,6 @@ from reproduce.tables import Results, directions, label, notes
 
 BLANK = "–"
 VALUES_PER_COLUMN = 4
-COSTS = ["run", "mIoU", "seeds", "steps", "batch", "seconds", "GPU GiB", "finished"]
-MEMORY = ["row of Table 2(a)", "paper (GB)", "dense formula (GiB)", "this package (GiB)"]
-SEPARATION = ["features", "network", "5-NN accuracy (%)", "silhouette", "intra/inter distance"]
-GAINS = ["row", "image", "CE mIoU", "ours mIoU", "gain"]
 NETWORKS = {
     "fig1": "UPerNet with ResNet-101 on Cityscapes val",
     "fig2": "UPerNet with Swin-S on ADE20K val",
@@ -42,28 +38,32 @@ def write_report(profile: str, folder: Path) -> None:
     pairs = [(path, ours) for path in runs if (ours := _partner(path)) in runs and ours != path]
     tables = [table for name in TABLES if (table := read_table(name, results))]
     curves = {_pair_name(ce): draw_losses(ce / "losses.csv", ours / "losses.csv") for ce, ours in pairs}
+    pictures = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
+    separation = _read(folder / "figures" / "fig1.json")
     facts = {
         "profile": profile,
         "stamp": results.stamp,
         "summary": summarise(tables),
         "tables": tables,
         "missing": [name for name in TABLES if label(name) not in {table["name"] for table in tables}],
-        "memory": memory_view(_read(folder / "memory.json")),
+        "memory": _read(folder / "memory.json"),
+        "memory_cells": [cell for cell in cells("2a") if cell.read == "memory"],
         "settings_stamp": settings_tables.stamp(params),
         "settings": settings_views(params),
-        "figures": read_figures(folder / "figures"),
+        "networks": NETWORKS,
+        "figures": {name: _address(path.read_bytes(), "png") for name, path in pictures.items()},
+        "separation": {run: spaces for run, spaces in separation.items() if run != "points"},
+        "sheets": _read(folder / "figures" / "qualitative.json"),
         "curves": [
             {"title": title, "address": _address(found[0], "svg+xml"), "last": found[1]}
             for title, found in curves.items()
             if found
         ],
         "class_tables": [view for ce, ours in pairs if (view := class_table(results, ce.name, ours.name))],
-        "costs": {
-            "header": COSTS,
-            "rows": [_cost(run, record, results) for run, record in records.items()],
-        },
+        "records": records,
+        "scores": {run: results.score(run, "ss").number for run in records},
         "provenance": provenance(folder, list(records.values())),
-        "ledger": ledger_grid({path.name: records.get(path.name, {}) for path in runs}),
+        "ledger": ledger_entries({path.name: records.get(path.name, {}) for path in runs}),
     }
     write_text(folder / "report.html", render("report.html.j2", facts))
 
@@ -107,17 +107,6 @@ def summarise(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def memory_view(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where Table 2(a)'s memory was measured, and its rows; nothing before memory.json is there."""
-    runs = measured.get("runs", {})
-    rows = [
-        [cell.row, cell.paper or BLANK, *(runs[cell.run][key] for key in ("dense_gb", "ours_gb"))]
-        for cell in cells("2a")
-        if cell.read == "memory" and cell.run in runs
-    ]
-    return {"header": MEMORY, "rows": rows, "device": measured.get("device"), "cap": measured.get("cap_gb")}
-
-
 def settings_views(params: Params) -> list[dict[str, Any]]:
     """Return title, header and rows of Tables 4 to 7: the paper's training settings, from params.yaml."""
     views = []
@@ -127,39 +116,6 @@ def settings_views(params: Params) -> list[dict[str, Any]]:
         )
         views.append({"title": settings_tables.title(table), "header": settings_tables.HEADER, "rows": rows})
     return views
-
-
-def read_figures(folder: Path) -> list[dict[str, Any]]:
-    """Return Fig. 1 with its measured separation, and Figs. 2 to 4 with their gains."""
-    numbers = _read(folder / "fig1.json")
-    runs = {run: spaces for run, spaces in numbers.items() if run != "points"}
-    separation = [
-        [space, run, f"{m['knn_accuracy']:.1f}", f"{m['silhouette']:+.3f}", f"{m['distance_ratio']:.3f}"]
-        for space in dict.fromkeys(space for found in runs.values() for space in found)
-        for run, found in runs.items()
-        if (m := found.get(space))
-    ]
-    figures = [_figure(folder, "fig1", "Fig. 1", SEPARATION, separation)]
-    if (folder / "fig1-scales.png").exists():
-        figures.append(_figure(folder, "fig1-scales", "Fig. 1, by scale", [], []))
-    sheets = _read(folder / "qualitative.json")
-    for name in ("fig2", "fig3", "fig4"):
-        sheet = sheets.get(name, {"rows": []})
-        rows = [
-            [row["rank"], row["id"], f"{row['baseline']:.1f}", f"{row['ours']:.1f}", f"{row['gain']:+.1f}"]
-            for row in sheet["rows"]
-        ]
-        figures.append({**_figure(folder, name, f"Fig. {name[3:]}", GAINS, rows), "sheet": sheet})
-    return figures
-
-
-def _figure(
-    folder: Path, file: str, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    path = folder / f"{file}.png"
-    address = _address(path.read_bytes(), "png") if path.exists() else None
-    network = NETWORKS[file.partition("-")[0]]
-    return {"id": file, "name": name, "network": network, "address": address, "header": header, "rows": rows}
 
 
 def _address(picture: bytes, kind: str) -> str:
@@ -180,7 +136,7 @@ def class_table(results: Results, baseline: str, ours: str) -> dict[str, Any] | 
     return {
         "title": _pair_name(Path(baseline)),
         "rows": rows,
-        "mean": _compared(*(x["ss"]["miou"] for x in found)),
+        "mean": ["mean", *_compared(*(record["ss"]["miou"] for record in found))],
     }
 
 
@@ -206,21 +162,6 @@ def _partner(run: Path) -> Path:
 
 def _pair_name(baseline: Path) -> str:
     return "-".join(part for part in baseline.name.split("-") if part != "ce")
-
-
-def _cost(run: str, record: Mapping[str, Any], results: Results) -> list[Any]:
-    settings = record["settings"]
-    score, memory = results.score(run, "ss").number, record.get("peak_bytes")
-    return [
-        run,
-        _number(score if isinstance(score, float) else None),
-        len(settings["seeds"]),
-        settings["steps"],
-        settings["batch_size"],
-        f"{record['seconds']:.0f}",
-        _number(memory and memory / 2**30),
-        record["finished"],
-    ]
 
 
 def provenance(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -257,15 +198,14 @@ def _distinct(values: Iterable[str]) -> list[str]:
     return [value if len(counts) == 1 else f"{value} ({n} runs)" for value, n in counts.items()]
 
 
-def ledger_grid(records: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return header and rows of the ledger's entries that touch any of the runs, in the ledger's order."""
+def ledger_entries(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the ledger's entries that touch any of the runs, in the ledger's order."""
     found = {
         row["id"]: row
         for run, record in records.items()
         for row in ledger.rows(run, record.get("settings", {}).get("recipe", "paper"))
     }
-    rows = [found[row["id"]] for row in ledger.rows() if row["id"] in found]
-    return [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+    return [found[row["id"]] for row in ledger.rows() if row["id"] in found]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_class_table_averages_seeds_and_drops_absent_classes(folder):
     view = class_table(Results("mini", folder.parent), *PAIR)
     assert view is not None
     assert view["rows"] == [["road", "65.0", "66.0", "+1.0"], ["bus <&>", "25.0", "23.0", "-2.0"]]
-    assert view["mean"] == ["40.0", "44.5", "+4.5"]
+    assert view["mean"] == ["mean", "40.0", "44.5", "+4.5"]
 
 
 def test_curves_are_means_over_seeds(tmp_path):
