@@ -32,40 +32,36 @@ WORKING_TREE = "."
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit or the working tree, with its result files under `root`."""
+    """A commit or the working tree (commit None); `folder` holds its params.yaml and result files."""
 
     name: str
     commit: str | None
-    root: Path
+    folder: Path
 
     def params(self) -> dict[str, Any]:
         """Return params.yaml as a mapping; UsageError where this revision has none."""
-        if self.commit is None:
-            path = Path("params.yaml")
-            text = path.read_text() if path.exists() else None
-        else:
-            done = _git("show", f"{self.commit}:./params.yaml")
-            text = done.stdout.decode() if done.returncode == 0 else None
-        if text is None:
+        path = self.folder / "params.yaml"
+        if not path.exists():
             raise UsageError(f"revision {self.name!r} has no params.yaml; run from the project's root folder")
-        return yaml.safe_load(text)
+        return yaml.safe_load(path.read_text())
+
+    def results(self, profile: str) -> Results:
+        """Return the results of one profile."""
+        return Results(profile, self.folder / RESULTS)
 
     def settings(self, profile: str) -> tuple[dict[str, Any], str | None]:
         """Return resolved settings by run and a remark, None if its results were made with just these.
 
         params.yaml is resolved by today's rules; where they do not fit it, its resolved.json has to do.
         """
-        path = self.root / profile / "resolved.json"
+        path = self.results(profile).root / "resolved.json"
         stored = read_json(path) if path.exists() else None
         try:
             current = resolve_all(Params(self.params()), profile)
         except UsageError as error:
             if stored is None:
                 raise
-            return (
-                stored,
-                f"{self.name}: its params.yaml is of another version ({error}); resolved.json is used",
-            )
+            return stored, f"{self.name}: resolved.json is used, params.yaml is of another version ({error})"
         stale = [name for name in current if stored is not None and stored.get(name) != current[name]]
         remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
         return current, remark
@@ -73,18 +69,18 @@ class Revision:
 
 @contextmanager
 def open_revision(name: str) -> Iterator[Revision]:
-    """Give a revision with its result files at hand; an unknown one is a UsageError."""
+    """Give a revision with its files at hand; an unknown one is a UsageError."""
     if name == WORKING_TREE:
-        yield Revision("working tree", None, RESULTS)
+        yield Revision("working tree", None, Path())
         return
     commit = resolve_commit(name)
-    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", str(RESULTS)).stdout.decode()
-    wanted = [path for path in listed.split("\0") if path.endswith(".json")]
+    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", "params.yaml", str(RESULTS))
+    wanted = [path for path in listed.stdout.decode().split("\0") if path.endswith((".json", ".yaml"))]
     with tempfile.TemporaryDirectory(prefix="mscs-compare-") as folder:
         if wanted:
             archive = _git("archive", "--format=zip", commit, "--", *wanted).stdout
             zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
-        yield Revision(name, commit, Path(folder) / RESULTS)
+        yield Revision(name, commit, Path(folder))
 
 
 def resolve_commit(name: str) -> str:
@@ -108,7 +104,7 @@ def compare(first: Revision, second: Revision, profile: str | None = None) -> di
     profile = profile or second.params()["profile"]
     (before, remark), (after, other) = first.settings(profile), second.settings(profile)
     touched = {name: keys for name in {**before, **after} if (keys := _setting_edits(name, before, after))}
-    results = Results(profile, first.root), Results(profile, second.root)
+    results = first.results(profile), second.results(profile)
     rows = [_cell_row(cell, *results) for cell in cells() if cell.run is not None]
     return {
         "profile": profile,
@@ -220,11 +216,9 @@ def _cell_texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    )
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
