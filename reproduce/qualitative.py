@@ -108,13 +108,13 @@ def image_miou(prediction: np.ndarray, label: np.ndarray) -> float:
     return float(iou.mean()) if iou.size else 0.0
 
 
-def choose_rows(gains: np.ndarray, per_rank: int = ROWS_PER_RANK) -> list[tuple[int, str]]:
+def choose_rows(gains: np.ndarray) -> list[tuple[int, str]]:
     """Return (index, rank) of the images with the best, the middle and the worst gains, in equal shares.
 
     Fewer than three images per share make the shares smaller; below three images all are shown.
     """
     order = [int(i) for i in np.argsort(-gains, kind="stable")]
-    share = min(per_rank, len(order) // 3)
+    share = min(ROWS_PER_RANK, len(order) // 3)
     if share == 0:
         return list(zip(order, RANKS, strict=False))
     middle = (len(order) - share) // 2
@@ -132,13 +132,13 @@ def _row(
     return Row(sample.id, rank, float(miou[0]), float(miou[1]), image, label, theirs, mine, boxes)
 
 
-def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray, most: int = BOXES) -> list[Box]:
-    """Return the largest connected regions where `right` equals the label and `wrong` does not."""
+def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> list[Box]:
+    """Return the `BOXES` largest connected regions where `right` equals the label and `wrong` does not."""
     mask = (label != 255) & (right == label) & (wrong != label)
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     boxes = [Box(*(int(value) for value in row)) for row in stats[1:]]
     boxes = [box for box in boxes if box.pixels >= LEAST_AREA * mask.size]
-    return sorted(boxes, key=lambda box: (-box.pixels, box.y, box.x))[:most]
+    return sorted(boxes, key=lambda box: (-box.pixels, box.y, box.x))[:BOXES]
 
 
 def _draw(rows: list[Row], dataset: Dataset, folder: Path, name: str, stamp: str) -> None:

@@ -33,9 +33,9 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Number = Callable[[float], str]
 
 
-def settings_rows(table: str, params: Params, path: str | Path = "params.yaml") -> list[Settings]:
+def settings_rows(table: str, params: Params) -> list[Settings]:
     """Return the settings behind each row of a table, in params.yaml's order: those of the row's CE run."""
-    schedules: dict[str, Any] = yaml.safe_load(Path(path).read_text())["schedules"]
+    schedules: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())["schedules"]
     prefix = f"{DATASETS[table][0]}-"
     return [params.resolve(f"{name}-ce", "paper").settings for name in schedules if name.startswith(prefix)]
 
