@@ -52,6 +52,7 @@ def write_report(profile: str, folder: Path) -> None:
         "settings": settings_views(params),
         "networks": NETWORKS,
         "figures": {name: _address(path.read_bytes(), "png") for name, path in pictures.items()},
+        "picture": separation.get("picture"),
         "separation": {run: spaces for run, spaces in separation.items() if run not in ("points", "picture")},
         "sheets": _read(folder / "figures" / "qualitative.json"),
         "curves": [

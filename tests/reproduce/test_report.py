@@ -97,8 +97,12 @@ def folder(tmp_path: Path) -> Path:
     for name in ("fig1", "fig1-scales", "fig3"):
         (folder / "figures").mkdir(exist_ok=True)
         (folder / "figures" / f"{name}.png").write_bytes(PIXEL)
+    drawn = {"per_class": 51, "iterations": 401}
     values = {"knn_accuracy": 51.25, "silhouette": 0.125, "distance_ratio": 0.75}
-    write_json(folder / "figures" / "fig1.json", {"with": {"all scales": values}, "points": {"road": 50}})
+    write_json(
+        folder / "figures" / "fig1.json",
+        {"with": {"all scales": values}, "points": {"road": 50}, "picture": drawn},
+    )
     row = {"id": "frankfurt_7", "rank": "best", "baseline": 40.0, "ours": 52.5, "gain": 12.5, "boxes": {}}
     sheet = {"images": 12, "mean_gain": 1.25, "ours_better": 8, "baseline_better": 3, "rows": [row]}
     write_json(folder / "figures" / "qualitative.json", {"fig3": sheet})
@@ -141,6 +145,7 @@ def test_page_shows_stamp_and_every_table(html):
 def test_page_shows_results_and_what_they_were_made_with(html):
     for text in (
         "51.2",
+        "Up to 51 points a class, 401 iterations; the authors",
         "frankfurt_7",
         "+12.5",
         "abc123 with uncommitted changes",
