@@ -48,8 +48,22 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON file atomically, keys in the order given, stable to the byte."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically, keys (strings) in the order given, stable to the byte.
+
+    A list of plain values stands on one line, so that a matrix takes a line per row; all else is indented.
+    """
+    write_text(path, _as_json(value, "\n") + "\n")
+
+
+def _as_json(value: Any, line: str) -> str:
+    """Return `value` as JSON; `line` is a line break with the indentation of what encloses it."""
+    inner = f"{line} "
+    if isinstance(value, Mapping) and value:
+        items = (f"{json.dumps(key, ensure_ascii=False)}: {_as_json(x, inner)}" for key, x in value.items())
+        return "{" + inner + f",{inner}".join(items) + line + "}"
+    if isinstance(value, list | tuple) and any(isinstance(x, Mapping | list | tuple) for x in value):
+        return "[" + inner + f",{inner}".join(_as_json(x, inner) for x in value) + line + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def read_json(path: str | Path) -> Any:

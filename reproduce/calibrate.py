@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
 from mscs.checkpoint import file_digest
@@ -24,10 +25,6 @@ from mscs.models import ModelOutput, load_upstream, read_state_dict
 from mscs.params import Params, Settings
 
 TOLERANCES = {"ss": 0.3, "ms": 0.5}
-SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.1/upernet_swin_{}_patch4_window7_512x512.pth"
-HRNET = "https://github.com/hsfzxjy/models.storage/releases/download/HRNet-OCR/{}_torch11.pth"
-SWIN_SOURCE = "Swin-Transformer-Semantic-Segmentation, README"
-HRNET_SOURCE = "HRNet-Semantic-Segmentation, branch HRNet-OCR, README"
 
 
 @dataclass(frozen=True)
@@ -48,39 +45,8 @@ class Checkpoint:
 
 
 CHECKPOINTS = {
-    "upernet-swin-t": Checkpoint(
-        "ade20k-upernet-swint-ce",
-        {"ss": 44.51, "ms": 45.81},
-        SWIN_SOURCE,
-        SWIN.format("tiny"),
-        # recorded by third parties; the authors give none
-        "c26408bb5ddee935dcc709ad7815fa039f2db2b41134cd702da7da277d1a7d89",
-    ),
-    "upernet-swin-s": Checkpoint(
-        "ade20k-upernet-swins-ce", {"ss": 47.64, "ms": 49.47}, SWIN_SOURCE, SWIN.format("small")
-    ),
-    # its run has another pretraining and 640x640 crops, but the same network
-    "upernet-swin-b": Checkpoint(
-        "ade20k-upernet-swinb22k-ce",
-        {"ss": 48.13, "ms": 49.72},
-        SWIN_SOURCE,
-        SWIN.format("base"),
-        overrides={"short_side": 512},
-    ),
-    "hrnet-w48": Checkpoint(
-        "cityscapes-hrnet-hr48-ce", {"ss": 80.9}, HRNET_SOURCE, HRNET.format("hrnet_cs_8090")
-    ),
-    "ocrnet-hrnet-w48": Checkpoint(
-        "cityscapes-ocrnet-hr48-ce", {"ss": 81.6}, HRNET_SOURCE, HRNET.format("hrnet_ocr_cs_8162")
-    ),
-    "segformer-b5": Checkpoint(
-        "ade20k-upernet-swint-ce",
-        {"ss": 51.0, "ms": 51.8},
-        "Xie et al., SegFormer, NeurIPS 2021",
-        "https://huggingface.co/nvidia/segformer-b5-finetuned-ade-640-640",
-        loader="transformers",
-        overrides={"short_side": 640},
-    ),
+    name: Checkpoint(**entry)
+    for name, entry in yaml.safe_load(Path(__file__).with_name("checkpoints.yaml").read_text()).items()
 }
 
 
@@ -110,29 +76,23 @@ def calibrate(
     for mode, published in checkpoint.published.items():
         if mode == "ms" and not multi_scale:
             continue
-        tally = evaluate_model(predictor, dataset, settings, world, multi_scale=MODES[mode])
-        found = float(scores(tally.confusion, settings.absent_classes)["miou"])  # type: ignore[arg-type]
+        confusion = evaluate_model(predictor, dataset, settings, world, multi_scale=MODES[mode])
+        found = float(scores(confusion, settings.absent_classes)["miou"])  # type: ignore[arg-type]
         rows[mode] = judge(found, published, TOLERANCES[mode])
-    document = {
+    facts = {
         "run": checkpoint.run,
         "source": checkpoint.source,
         "url": checkpoint.url,
         "images": len(dataset),
     }
-    return {**document, **check_file(checkpoint, weights), "scores": rows}
+    return {**facts, **check_file(checkpoint, weights), "scores": rows}
 
 
 def judge(found: float, published: float, tolerance: float) -> dict[str, Any]:
     """Return a score beside the published one, and whether they agree."""
     difference = found - published
-    agrees = abs(difference) <= tolerance
-    return {
-        "miou": found,
-        "published": published,
-        "difference": difference,
-        "tolerance": tolerance,
-        "agrees": agrees,
-    }
+    facts = {"miou": found, "published": published, "difference": difference, "tolerance": tolerance}
+    return {**facts, "agrees": abs(difference) <= tolerance}
 
 
 def checkpoint_settings(checkpoint: Checkpoint, params: Params) -> Settings:
@@ -155,15 +115,8 @@ def check_file(checkpoint: Checkpoint, weights: Path) -> dict[str, Any]:
     if not weights.is_file():
         return {"sha256": None, "checksum": "a folder"}
     digest = file_digest(weights)
-    recorded = checkpoint.sha256
-    verdict = (
-        "none recorded"
-        if recorded is None
-        else "as recorded"
-        if digest == recorded
-        else "not the recorded one"
-    )
-    return {"sha256": digest, "checksum": verdict}
+    verdict = "as recorded" if digest == checkpoint.sha256 else "not the recorded one"
+    return {"sha256": digest, "checksum": verdict if checkpoint.sha256 else "none recorded"}
 
 
 class SegFormer(nn.Module):

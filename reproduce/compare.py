@@ -4,7 +4,6 @@ A revision is anything git knows (commit, branch, tag), the name of a DVC experi
 tree. Only params.yaml and the small result files are read, so a clone without data is enough.
 """
 
-import html
 import io
 import json
 import math
@@ -24,54 +23,45 @@ from mscs.errors import UsageError
 from mscs.params import Params
 from mscs.results import read_json
 from reproduce.cells import Cell, cells
+from reproduce.rendering import markdown_page, markdown_table, render
 from reproduce.tables import Results
 from reproduce.verify import standard_error
 
 WORKING_TREE = "."
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #8886; text-align: left; white-space: nowrap; }
-"""
 
 
 @dataclass(frozen=True)
 class Revision:
-    """A commit or the working tree, with its result files under `root`."""
+    """A commit or the working tree (commit None); `folder` holds its params.yaml and result files."""
 
     name: str
     commit: str | None
-    root: Path
+    folder: Path
 
     def params(self) -> dict[str, Any]:
         """Return params.yaml as a mapping; UsageError where this revision has none."""
-        if self.commit is None:
-            path = Path("params.yaml")
-            text = path.read_text() if path.exists() else None
-        else:
-            done = _git("show", f"{self.commit}:./params.yaml")
-            text = done.stdout.decode() if done.returncode == 0 else None
-        if text is None:
+        path = self.folder / "params.yaml"
+        if not path.exists():
             raise UsageError(f"revision {self.name!r} has no params.yaml; run from the project's root folder")
-        return yaml.safe_load(text)
+        return yaml.safe_load(path.read_text())
+
+    def results(self, profile: str) -> Results:
+        """Return the results of one profile."""
+        return Results(profile, self.folder / RESULTS)
 
     def settings(self, profile: str) -> tuple[dict[str, Any], str | None]:
         """Return resolved settings by run and a remark, None if its results were made with just these.
 
         params.yaml is resolved by today's rules; where they do not fit it, its resolved.json has to do.
         """
-        path = self.root / profile / "resolved.json"
+        path = self.results(profile).root / "resolved.json"
         stored = read_json(path) if path.exists() else None
         try:
             current = resolve_all(Params(self.params()), profile)
         except UsageError as error:
             if stored is None:
                 raise
-            return (
-                stored,
-                f"{self.name}: its params.yaml is of another version ({error}); resolved.json is used",
-            )
+            return stored, f"{self.name}: resolved.json is used, params.yaml is of another version ({error})"
         stale = [name for name in current if stored is not None and stored.get(name) != current[name]]
         remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
         return current, remark
@@ -79,18 +69,18 @@ class Revision:
 
 @contextmanager
 def open_revision(name: str) -> Iterator[Revision]:
-    """Give a revision with its result files at hand; an unknown one is a UsageError."""
+    """Give a revision with its files at hand; an unknown one is a UsageError."""
     if name == WORKING_TREE:
-        yield Revision("working tree", None, RESULTS)
+        yield Revision("working tree", None, Path())
         return
     commit = resolve_commit(name)
-    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", str(RESULTS)).stdout.decode()
-    wanted = [path for path in listed.split("\0") if path.endswith(".json")]
+    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", "params.yaml", str(RESULTS))
+    wanted = [path for path in listed.stdout.decode().split("\0") if path.endswith((".json", ".yaml"))]
     with tempfile.TemporaryDirectory(prefix="mscs-compare-") as folder:
         if wanted:
             archive = _git("archive", "--format=zip", commit, "--", *wanted).stdout
             zipfile.ZipFile(io.BytesIO(archive)).extractall(folder)
-        yield Revision(name, commit, Path(folder) / RESULTS)
+        yield Revision(name, commit, Path(folder))
 
 
 def resolve_commit(name: str) -> str:
@@ -114,7 +104,7 @@ def compare(first: Revision, second: Revision, profile: str | None = None) -> di
     profile = profile or second.params()["profile"]
     (before, remark), (after, other) = first.settings(profile), second.settings(profile)
     touched = {name: keys for name in {**before, **after} if (keys := _setting_edits(name, before, after))}
-    results = Results(profile, first.root), Results(profile, second.root)
+    results = first.results(profile), second.results(profile)
     rows = [_cell_row(cell, *results) for cell in cells() if cell.run is not None]
     return {
         "profile": profile,
@@ -226,47 +216,25 @@ def _cell_texts(row: Mapping[str, Any]) -> list[str]:
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    )
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Return the comparison for a terminal."""
+    """Return the comparison for a terminal, in Markdown."""
     a, b = document["first"], document["second"]
-    lines = [f"{a['name']} -> {b['name']}, profile {document['profile']}", *document["remarks"]]
+    blocks = [f"{a['name']} -> {b['name']}, profile {document['profile']}", *document["remarks"]]
     for title, header, rows in sections(document):
-        lines += ["", f"{title}: {len(rows)}"]
-        if rows and title != "Untouched runs":
-            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-            for row in [header, *rows]:
-                padded = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-                lines.append("  " + "  ".join(padded).rstrip())
-    return "\n".join([*lines, "", f"Cells without a result on either side: {document['not_run']}"])
+        shown = [] if title == "Untouched runs" else rows
+        blocks += [f"{title}: {len(rows)}", markdown_table(header, shown, aligned=True)]
+    return markdown_page(*blocks, f"Cells without a result on either side: {document['not_run']}").rstrip()
 
 
 def as_html(document: Mapping[str, Any]) -> str:
     """Return the comparison as one self-contained page."""
-    escape = html.escape
-    title = escape(f"{document['first']['name']} → {document['second']['name']}")
-    parts = ['<!doctype html><html lang="en"><meta charset="utf-8">', f"<title>{title}</title>"]
-    parts += [
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',
-    ]
-    parts += [f"<style>{STYLE}</style>", f"<h1>{title}</h1><p>Profile {escape(document['profile'])}.</p>"]
-    parts += [f"<p>{escape(text)}</p>" for text in document["remarks"]]
-    for heading, header, rows in sections(document):
-        parts.append(f"<h2>{escape(heading)}: {len(rows)}</h2>")
-        if rows:
-            body = ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
-            head = "".join(f"<th>{escape(text)}</th>" for text in header)
-            table = "".join(f"<tr>{row}</tr>" for row in [head, *body])
-            parts.append(f'<div class="scroll"><table>{table}</table></div>')
-    parts.append(f"<p>Cells without a result on either side: {document['not_run']}.</p></html>\n")
-    return "\n".join(parts)
+    title = f"{document['first']['name']} → {document['second']['name']}"
+    return render("compare.html.j2", {**document, "title": title, "sections": list(sections(document))})
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:

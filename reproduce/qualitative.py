@@ -15,6 +15,7 @@ from typing import Any
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib import patheffects
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from mscs.datasets import Dataset
+from mscs.metrics import confusion_matrix, scores
 from reproduce.style import COLUMN, paper_style, save
 from reproduce.trained import TrainedRun
 
@@ -78,9 +80,9 @@ def write_comparisons(
 ) -> dict[str, Any]:
     """Write {figure}.png and .pdf into `folder`; return the gains and, per row, image, scores and boxes."""
     dataset = baseline.dataset()
-    scores = np.array([_scores(baseline, ours, dataset, i) for i in range(len(dataset))])
-    gains = scores[:, 1] - scores[:, 0]
-    rows = [_row(baseline, ours, dataset, i, rank, scores[i]) for i, rank in choose_rows(gains)]
+    found = np.array([_scores(baseline, ours, dataset, i) for i in range(len(dataset))])
+    gains = found[:, 1] - found[:, 0]
+    rows = [_row(baseline, ours, dataset, i, rank, found[i]) for i, rank in choose_rows(gains)]
     with paper_style():
         _draw(rows, dataset, folder, figure, stamp)
     return {
@@ -101,22 +103,18 @@ def _scores(baseline: TrainedRun, ours: TrainedRun, dataset: Dataset, index: int
 
 def image_miou(prediction: np.ndarray, label: np.ndarray) -> float:
     """Return the mIoU in percent over the classes of `label` (255 = ignored); 0 where nothing is labelled."""
-    valid = label != 255
-    pairs = label[valid].astype(np.int64) * 256 + prediction[valid]
-    matrix = np.bincount(pairs, minlength=256 * 256).reshape(256, 256)
-    true, hit = matrix.sum(1), np.diag(matrix)
-    present = true > 0
-    iou = hit[present] / (true + matrix.sum(0) - hit)[present]
-    return 100 * float(iou.mean()) if present.any() else 0.0
+    counts = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(label), 256)
+    iou = np.array(scores(counts)["class_iou"], dtype=float)[counts.sum(1) > 0]
+    return float(iou.mean()) if iou.size else 0.0
 
 
-def choose_rows(gains: np.ndarray, per_rank: int = ROWS_PER_RANK) -> list[tuple[int, str]]:
+def choose_rows(gains: np.ndarray) -> list[tuple[int, str]]:
     """Return (index, rank) of the images with the best, the middle and the worst gains, in equal shares.
 
     Fewer than three images per share make the shares smaller; below three images all are shown.
     """
     order = [int(i) for i in np.argsort(-gains, kind="stable")]
-    share = min(per_rank, len(order) // 3)
+    share = min(ROWS_PER_RANK, len(order) // 3)
     if share == 0:
         return list(zip(order, RANKS, strict=False))
     middle = (len(order) - share) // 2
@@ -125,22 +123,22 @@ def choose_rows(gains: np.ndarray, per_rank: int = ROWS_PER_RANK) -> list[tuple[
 
 
 def _row(
-    baseline: TrainedRun, ours: TrainedRun, dataset: Dataset, index: int, rank: str, scores: Sequence[float]
+    baseline: TrainedRun, ours: TrainedRun, dataset: Dataset, index: int, rank: str, miou: Sequence[float]
 ) -> Row:
     sample = dataset[index]
     label, theirs, mine = baseline.label(sample), baseline.predict(sample), ours.predict(sample)
     boxes = {"ours": find_boxes(label, mine, theirs), "baseline": find_boxes(label, theirs, mine)}
     image = baseline.image(sample)
-    return Row(sample.id, rank, float(scores[0]), float(scores[1]), image, label, theirs, mine, boxes)
+    return Row(sample.id, rank, float(miou[0]), float(miou[1]), image, label, theirs, mine, boxes)
 
 
-def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray, most: int = BOXES) -> list[Box]:
-    """Return the largest connected regions where `right` equals the label and `wrong` does not."""
+def find_boxes(label: np.ndarray, right: np.ndarray, wrong: np.ndarray) -> list[Box]:
+    """Return the `BOXES` largest connected regions where `right` equals the label and `wrong` does not."""
     mask = (label != 255) & (right == label) & (wrong != label)
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     boxes = [Box(*(int(value) for value in row)) for row in stats[1:]]
     boxes = [box for box in boxes if box.pixels >= LEAST_AREA * mask.size]
-    return sorted(boxes, key=lambda box: (-box.pixels, box.y, box.x))[:most]
+    return sorted(boxes, key=lambda box: (-box.pixels, box.y, box.x))[:BOXES]
 
 
 def _draw(rows: list[Row], dataset: Dataset, folder: Path, name: str, stamp: str) -> None:

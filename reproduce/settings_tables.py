@@ -1,6 +1,6 @@
 """params.yaml -> Tables 4 to 7, the training settings, in the supplement's rows and columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import yaml
 
 from mscs.params import Params, Settings
 from mscs.results import write_text
-from reproduce.tables import Results, as_csv, as_latex, as_markdown
+from reproduce.rendering import csv_table, latex_table, markdown_page, markdown_table
+from reproduce.tables import Results
 
 DATASETS = {
     "4": ("cityscapes", "Cityscapes"),
@@ -32,9 +33,9 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 Number = Callable[[float], str]
 
 
-def settings_rows(table: str, params: Params, path: str | Path = "params.yaml") -> list[Settings]:
+def settings_rows(table: str, params: Params) -> list[Settings]:
     """Return the settings behind each row of a table, in params.yaml's order: those of the row's CE run."""
-    schedules: dict[str, Any] = yaml.safe_load(Path(path).read_text())["schedules"]
+    schedules: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())["schedules"]
     prefix = f"{DATASETS[table][0]}-"
     return [params.resolve(f"{name}-ce", "paper").settings for name in schedules if name.startswith(prefix)]
 
@@ -70,30 +71,30 @@ def latex_power(value: float) -> str:
     return f"$10^{{{exponent}}}$" if digits == "1" else rf"${digits}\times10^{{{exponent}}}$"
 
 
-def grid(rows: list[Settings], number: Number = plain, times: str = "x") -> list[list[str]]:
-    """Return a table as text: header, then one row per network."""
-    return [HEADER, *(_row(settings, number, times) for settings in rows)]
-
-
-def _row(settings: Settings, number: Number, times: str) -> list[str]:
-    name = settings.backbone.partition(".")[0]
+def grid(rows: Sequence[Settings], number: Number = plain, times: str = "x") -> list[list[str]]:
+    """Return the rows of a table as text: one per network, in the columns of `HEADER`."""
     return [
-        MODELS[settings.model],
-        BACKBONES[name.partition("_patch")[0]],
-        times.join(map(str, settings.crop_size)),
-        number(settings.lr),
-        settings.lr_schedule,
-        number(settings.weight_decay),
-        f"{settings.batch_size}/{settings.steps / 1000:g}K",
-        settings.optimizer.upper(),
+        [
+            MODELS[row.model],
+            BACKBONES[row.backbone.partition(".")[0].partition("_patch")[0]],
+            times.join(map(str, row.crop_size)),
+            number(row.lr),
+            row.lr_schedule,
+            number(row.weight_decay),
+            f"{row.batch_size}/{row.steps / 1000:g}K",
+            row.optimizer.upper(),
+        ]
+        for row in rows
     ]
 
 
 def write_settings_table(table: str, params: Params, results: Results) -> None:
     """Write one of Tables 4 to 7 as Markdown, CSV and LaTeX into results/<profile>/tables."""
     rows = settings_rows(table, params)
+    path = results.root / "tables" / f"{table}.md"
     heading, origin = title(table), stamp(params)
-    folder = results.root / "tables"
-    write_text(folder / f"{table}.csv", as_csv(grid(rows)))
-    write_text(folder / f"{table}.md", as_markdown(heading, grid(rows, unicode_power, "×"), [], [], origin))
-    write_text(folder / f"{table}.tex", as_latex(heading, grid(rows, latex_power, r"$\times$"), origin))
+    shown = markdown_table(HEADER, grid(rows, unicode_power, "×"))
+    write_text(path, markdown_page(f"### {heading}", f"*{origin}*", shown))
+    write_text(path.with_suffix(".csv"), csv_table(HEADER, grid(rows)))
+    latex = grid(rows, latex_power, r"$\times$")
+    write_text(path.with_suffix(".tex"), latex_table(heading, origin, HEADER, latex))

@@ -1,14 +1,14 @@
 """Result files -> the paper's tables with its values beside ours: Markdown, CSV, LaTeX, JSON."""
 
-import csv
-import io
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mscs.params import Params, load_params
 from mscs.results import read_json, write_json, write_text
-from reproduce.cells import Cell, Claim, claims, row_cells, table_block
+from reproduce.cells import Cell, Claim, cells, claims, row_cells, table_block
+from reproduce.rendering import csv_table, latex_table, markdown_list, markdown_page, markdown_table
 
 RESULTS = Path("results")
 MINI_STAMP = "profile mini: generated data, tiny networks, not comparable with the paper"
@@ -99,7 +99,7 @@ class Results:
             close = difference is not None and abs(difference) < PARAMETER_TOLERANCE
             return ("same count" if self.profile == "mini" else "reproduced") if close else "off"
         if self.profile == "mini":
-            return "ran (mini)"
+            return "ran"
         if cell.read == "memory":
             return "measured"
         if difference is None:
@@ -136,26 +136,39 @@ def parameter_count(params: Params, run: str) -> int:
     return count_parameters(model)
 
 
+def label(table: str) -> str:
+    """Return a table's name as the paper has it: 2a is Table 2(a)."""
+    return f"Table {table[0]}" + (f"({table[1:]})" if len(table) > 1 else "")
+
+
+def directions(table: str, results: Results) -> list[tuple[str, float | None, str]]:
+    """Return text, measured gap and verdict of each direction that a table claims; none in profile mini."""
+    if results.profile == "mini":
+        return []
+    return [(claim.text, *results.claim(claim)) for claim in claims(table)]
+
+
 def write_table(table: str, results: Results) -> None:
     """Write one table in all formats into results/<profile>/tables."""
     block = table_block(table)
-    grid = [header(block), *body(table, results)]
-    folder = results.root / "tables"
-    title = f"Table {table[0]}({table[1]})" if len(table) > 1 else f"Table {table}"
-    title = f"{title}. {block['title']}"
-    directions = [(claim.text, *results.claim(claim)) for claim in claims(table)]
-    write_text(folder / f"{table}.csv", as_csv(grid))
-    write_text(folder / f"{table}.md", as_markdown(title, grid, directions, notes(table), results.stamp))
-    write_text(folder / f"{table}.tex", as_latex(title, grid, results.stamp))
-    write_json(folder / f"{table}.json", as_metrics(table, results, directions))
+    grid = header(block), body(table, results)
+    path = results.root / "tables" / f"{table}.md"
+    title = f"{label(table)}. {block['title']}"
+    found = directions(table, results)
+    judged = [
+        f"{text}: {verdict}" + (f" ({gap:+.1f})" if gap is not None else "") for text, gap, verdict in found
+    ]
+    parts = markdown_list("Directions that the paper reports:", judged), markdown_list("Notes:", notes(table))
+    write_text(path, markdown_page(f"### {title}", f"*{results.stamp}*", markdown_table(*grid), *parts))
+    write_text(path.with_suffix(".csv"), csv_table(*grid))
+    write_text(path.with_suffix(".tex"), latex_table(title, results.stamp, *grid))
+    write_json(path.with_suffix(".json"), as_metrics(table, results, found))
 
 
 def header(block: Any) -> list[str]:
     """Return the column names: the paper's row labels, then paper, ours, difference, status per value."""
-    values = []
-    for column in block["columns"].values():
-        values += [f"{column} paper", "ours", "difference", "status"]
-    return [*block["header"], *values]
+    columns = [[f"{name} paper", "ours", "difference", "status"] for name in block["columns"].values()]
+    return [*block["header"], *itertools.chain(*columns)]
 
 
 def body(table: str, results: Results) -> list[list[str]]:
@@ -163,10 +176,10 @@ def body(table: str, results: Results) -> list[list[str]]:
     block = table_block(table)
     rows = []
     for row in block["rows"]:
-        cells = dict(row_cells(table, row))
+        filled = dict(row_cells(table, row))
         texts = [str(part) for part in row["row"]]
         for key in block["columns"]:
-            texts += filled_texts(results.fill(cells[key])) if key in cells else ["", "", "", ""]
+            texts += filled_texts(results.fill(filled[key])) if key in filled else ["", "", "", ""]
         rows.append(texts)
     return rows
 
@@ -185,17 +198,11 @@ def filled_texts(filled: Filled) -> list[str]:
 
 def notes(table: str) -> list[str]:
     """Return what a reader must know about a table and its single cells."""
-    found = list(table_block(table).get("notes", ()))
-    for row in table_block(table)["rows"]:
-        for _, cell in row_cells(table, row):
-            if cell.note:
-                found.append(f"{cell.row}, {cell.column}: {cell.note}.")
-    return found
+    of_cells = (f"{cell.row}, {cell.column}: {cell.note}." for cell in cells(table) if cell.note)
+    return [*table_block(table).get("notes", ()), *of_cells]
 
 
-def as_metrics(
-    table: str, results: Results, directions: list[tuple[str, float | None, str]]
-) -> dict[str, Any]:
+def as_metrics(table: str, results: Results, found: list[tuple[str, float | None, str]]) -> dict[str, Any]:
     """Return our values by row and column, for `dvc metrics diff`."""
     metrics: dict[str, Any] = {}
     for row in table_block(table)["rows"]:
@@ -203,62 +210,5 @@ def as_metrics(
             number = results.value(cell).number
             if number is not None:
                 metrics.setdefault(cell.row, {})[key] = number
-    gaps = {text: gap for text, gap, _ in directions if gap is not None}
+    gaps = {text: gap for text, gap, _ in found if gap is not None}
     return {**metrics, "directions": gaps} if gaps else metrics
-
-
-def as_csv(grid: list[list[str]]) -> str:
-    """Return a table as CSV."""
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(grid)
-    return stream.getvalue()
-
-
-def as_markdown(
-    title: str,
-    grid: list[list[str]],
-    directions: list[tuple[str, float | None, str]],
-    remarks: list[str],
-    stamp: str,
-) -> str:
-    """Return a table as Markdown, with its stamp, the claimed directions and notes."""
-    rows = [[text.replace("|", "\\|") for text in row] for row in grid]
-    lines = [
-        f"### {title}",
-        "",
-        f"*{stamp}*",
-        "",
-        "| " + " | ".join(rows[0]) + " |",
-        "|---" * len(rows[0]) + "|",
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
-    if directions:
-        lines += ["", "Directions that the paper reports:", ""]
-        for text, gap, verdict in directions:
-            lines.append(f"- {text}: {verdict}" + (f" ({gap:+.1f})" if gap is not None else ""))
-    if remarks:
-        lines += ["", "Notes:", "", *(f"- {remark}" for remark in remarks)]
-    return "\n".join(lines) + "\n"
-
-
-def as_latex(title: str, grid: list[list[str]], stamp: str) -> str:
-    """Return a table as a LaTeX table environment (package booktabs)."""
-    escapes = str.maketrans(
-        {"%": r"\%", "#": r"\#", "_": r"\_", "&": r"\&", "~": r"$\sim$", "±": r"$\pm$", "†": r"$^\dagger$"}
-    )
-    rows = [" & ".join(text.translate(escapes) for text in row) + r" \\" for row in grid]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{title.translate(escapes)} ({stamp.translate(escapes)})}}",
-            rf"\begin{{tabular}}{{{'l' * len(grid[0])}}}",
-            r"\toprule",
-            rows[0],
-            r"\midrule",
-            *rows[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )

@@ -4,8 +4,8 @@ A cell is reproduced when our value lies within the dataset's tolerance of the p
 `reproduce.tables.TOLERANCES`), or within two standard errors of our own seeds where those are wider. A
 direction holds when its gap has the paper's sign, and is certain when it also exceeds twice the standard
 error of the difference of the two means; with a single seed nothing is certain. A cell whose published value
-is no measurement of the paper's own (`judged: false` in paper.yaml) is shown and not judged. Profile mini
-reports directions only.
+is no measurement of the paper's own (`judged: false` in paper.yaml) is shown and not judged. In profile mini
+no direction is judged: its cells say what ran.
 """
 
 import math
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduce.cells import Claim, cells, claims
+from reproduce.rendering import markdown_page, markdown_table
 from reproduce.tables import Results, Value
 
 
@@ -30,15 +31,14 @@ class Outcome:
 def verify(results: Results) -> Outcome:
     """Compare all cells and claims of one profile with the paper."""
     cell_rows = [_cell_row(results, cell) for cell in cells() if cell.run is not None]
-    claim_rows = [_claim_row(results, claim) for claim in claims()]
     mini = results.profile == "mini"
+    claim_rows = [] if mini else [_claim_row(results, claim) for claim in claims()]
     failed = not mini and (
         any(row["status"] == "not reproduced" for row in cell_rows)
         or any(row["status"] == "contradicted" for row in claim_rows)
     )
-    document = {"profile": results.profile, "stamp": results.stamp, "claims": claim_rows}
-    if not mini:
-        document["cells"] = cell_rows
+    facts = {"profile": results.profile, "stamp": results.stamp}
+    document = {**facts, "claims": claim_rows, "cells": cell_rows}
     return Outcome(results.root / "verify", document, _markdown(results, cell_rows, claim_rows), int(failed))
 
 
@@ -59,7 +59,7 @@ def _cell_row(results: Results, cell: Any) -> dict[str, Any]:
         "column": cell.column,
         "paper": cell.paper,
         "ours": filled.ours.number,
-        "difference": filled.difference,
+        "difference": None if results.profile == "mini" else filled.difference,
         "std": filled.ours.std,
         "n": filled.ours.n,
         "status": status,
@@ -83,28 +83,29 @@ def _claim_row(results: Results, claim: Claim) -> dict[str, Any]:
 
 
 def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Verification",
-        "",
-        f"*{results.stamp}*",
-        "",
-        "| table | claim | gap | status |",
-        "|---|---|---|---|",
-    ]
-    for row in claim_rows:
-        gap = "" if row["gap"] is None else f"{row['gap']:+.2f}"
-        gap += f" ± {row['error']:.2f}" if row["error"] is not None else ""
-        lines.append(f"| {row['table']} | {row['claim']} | {gap} | {row['status']} |")
-    if results.profile != "mini":
-        lines += [
-            "",
-            "| table | row | column | paper | ours | difference | status |",
-            "|---|---|---|---|---|---|---|",
+    gaps = [
+        [
+            row["table"],
+            row["claim"],
+            ("" if row["gap"] is None else f"{row['gap']:+.2f}")
+            + ("" if row["error"] is None else f" ± {row['error']:.2f}"),
+            row["status"],
         ]
-        for row in cell_rows:
-            ours = f"{row['ours']:.1f}" if isinstance(row["ours"], float) else row["ours"] or ""
-            paper = "-" if row["paper"] is None else row["paper"]
-            gap = "" if row["difference"] is None else f"{row['difference']:+.1f}"
-            texts = (row["table"], row["row"], row["column"], str(paper), ours, gap, row["status"])
-            lines.append(f"| {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+        for row in claim_rows
+    ]
+    values = [
+        [
+            *(row[key] for key in ("table", "row", "column")),
+            "-" if row["paper"] is None else row["paper"],
+            f"{row['ours']:.1f}" if isinstance(row["ours"], float) else row["ours"] or "",
+            "" if row["difference"] is None else f"{row['difference']:+.1f}",
+            row["status"],
+        ]
+        for row in cell_rows
+    ]
+    return markdown_page(
+        "# Verification",
+        f"*{results.stamp}*",
+        markdown_table(["table", "claim", "gap", "status"], gaps),
+        markdown_table(["table", "row", "column", "paper", "ours", "difference", "status"], values),
+    )

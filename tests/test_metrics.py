@@ -1,10 +1,9 @@
-import cv2
 import numpy as np
 import pytest
 import torch
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from mscs.metrics import boundary_counts, boundary_scores, confusion_matrix, majority_miou, scores
+from mscs.metrics import confusion_matrix, majority_miou, scores
 
 
 def test_scores_of_a_matrix_worked_by_hand():
@@ -45,43 +44,3 @@ def test_wrong_shapes_and_classes_are_errors():
 
 def test_nothing_to_score_is_zero():
     assert scores(np.zeros((3, 3)))["miou"] == 0
-
-
-def square(top, left, side=6, size=(20, 20)):
-    mask = torch.zeros(size, dtype=torch.long)
-    mask[top : top + side, left : left + side] = 1
-    return mask
-
-
-def test_boundary_counts_worked_by_hand():
-    """Diagonal 28.3 px: 0.02 of it is rounded to the distance 1, so a boundary is one pixel wide."""
-    label, prediction = square(7, 7), square(7, 8)
-    counts = boundary_counts(prediction, label, 3)
-    # two rings of 20 pixels, one column apart, share 5 pixels of the upper and 5 of the lower edge
-    assert counts[:, 1].tolist() == [10, 30]
-    assert counts[:, 2].tolist() == [0, 0]
-    perfect = boundary_scores(boundary_counts(label, label, 2))
-    assert perfect == {"boundary_miou": 100.0, "class_boundary_iou": [100.0, 100.0]}
-    assert boundary_scores(counts)["class_boundary_iou"][1:] == [pytest.approx(100 / 3), None]
-
-
-def test_boundary_counts_leave_ignored_pixels_out_and_add_up():
-    label = square(7, 7)
-    label[:, 10:] = 255
-    counts = boundary_counts(square(7, 8), label, 2)
-    # left of column 10: the true ring has 3 + 3 + 4, ours 2 + 2 + 4 pixels; 2 + 2 are common
-    assert counts[:, 1].tolist() == [4, 14]
-    assert boundary_counts(square(7, 8), torch.full_like(label, 255), 2).sum() == 0
-
-
-@pytest.mark.parametrize("ratio", [0.02, 0.1])
-def test_boundary_regions_are_those_of_iterated_3x3_erosion(ratio):
-    noise = np.random.default_rng(0).random((60, 80)).astype(np.float32)
-    label = (cv2.GaussianBlur(noise, (0, 0), 6) > 0.5).astype(np.uint8)
-    steps = max(1, round(ratio * 100))
-    masks = [(label == index).astype(np.uint8) for index in (0, 1)]
-    padded = [cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0) for mask in masks]
-    eroded = [cv2.erode(mask, np.ones((3, 3), np.uint8), iterations=steps)[1:-1, 1:-1] for mask in padded]
-    expected = [int((mask - inner).sum()) for mask, inner in zip(masks, eroded, strict=True)]
-    tensor = torch.from_numpy(label.astype(np.int64))
-    assert boundary_counts(tensor, tensor, 2, ratio=ratio).tolist() == [expected, expected]

@@ -12,7 +12,7 @@ and gradient need three numbers per anchor, so no backend but "reference" ever h
 import math
 import os
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -220,51 +220,3 @@ def _check_triton(x: Tensor) -> None:
             f'backend "triton" runs CUDA tensors of at most 32 bits and {MAX_TRITON_CHANNELS} channels; '
             f'found {x.dtype} on {x.device} with {x.shape[1]} channels. Use backend "auto" or "tiled"'
         )
-
-
-class Diagnostics(NamedTuple):
-    """How well classes are told apart; scalar tensors, NaN where no anchor has such a pair."""
-
-    positive_cosine: Tensor
-    """Mean cosine between an anchor and its positives."""
-    hardest_negative_cosine: Tensor
-    """Mean over anchors of the cosine with the most similar negative."""
-    chance_level: Tensor
-    """The loss if all similarities were equal: mean of log(1 + |N_i|), 0 for anchors without positives."""
-
-
-@torch.no_grad()
-def diagnostics(
-    anchors: Tensor,
-    anchor_labels: Tensor,
-    contrast: Tensor | None = None,
-    contrast_labels: Tensor | None = None,
-    *,
-    max_rows: int = 1024,
-) -> Diagnostics:
-    """Return quantities worth logging beside the loss, from at most `max_rows` evenly spaced anchors.
-
-    Args as in `contrastive_loss`; features are normalised here. Meant for every few hundred steps.
-    """
-    x = prepare(anchors)
-    y, y_labels = x, anchor_labels
-    if contrast is not None and contrast_labels is not None:
-        y, y_labels = prepare(contrast), contrast_labels
-    if len(x) == 0 or len(y) == 0:
-        return Diagnostics(*x.new_tensor((math.nan, math.nan, 0.0)))
-    picked = torch.linspace(0, len(x) - 1, min(len(x), max_rows), device=x.device).round().long()
-    sums = x.new_zeros(5)
-    for rows in picked.split(max(1, (1 << 22) // len(y))):
-        cosine = x[rows] @ y.T
-        positive = torch.eq(anchor_labels[rows, None], y_labels)
-        negative = ~positive
-        if contrast is None:
-            positive[torch.arange(len(rows), device=x.device), rows] = False
-        count, others = positive.sum(dim=1), negative.sum(dim=1)
-        mean = (cosine * positive).sum(dim=1) / count.clamp(min=1)
-        hardest = cosine.masked_fill(positive, -math.inf).masked_fill(~negative, -math.inf).amax(dim=1)
-        sums += torch.stack((
-            mean.sum(), (count > 0).sum(), hardest.where(others > 0, 0).sum(), (others > 0).sum(),
-            ((count > 0) * others.log1p()).sum(),
-        ))  # fmt: skip
-    return Diagnostics(sums[0] / sums[1], sums[2] / sums[3], sums[4] / len(picked))

@@ -125,19 +125,6 @@ class MultiScaleContrastiveLoss(nn.Module):
         anchors, groups, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
         return LossTerms(total, multi_scale, cross_scale, anchors, groups, views)
 
-    @torch.no_grad()
-    def diagnostics(
-        self,
-        features: Sequence[Tensor],
-        labels: Tensor,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    ) -> list[list[contrastive.Diagnostics]]:
-        """Return `diagnostics` of each group of images and scale; draws its own sample, meant for logging."""
-        return [
-            [contrastive.diagnostics(x, x_labels) for x, x_labels, _, _ in rows]
-            for rows in self._sampled_groups(features, labels, generator)
-        ]
-
     def _sampled_groups(
         self,
         features: Sequence[Tensor],

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mscs.losses import contrastive_loss, diagnostics
+from mscs.losses import contrastive_loss
 from mscs.losses.contrastive import sorted_loss
 
 BACKENDS = ["reference", "tiled"]
@@ -362,22 +362,3 @@ def test_misuse_is_named(change: dict, message: str) -> None:
     arguments = {"anchors": torch.zeros(4, 3), "anchor_labels": torch.zeros(4).long()} | change
     with pytest.raises(ValueError, match=message):
         contrastive_loss(**arguments)
-
-
-def test_diagnostics() -> None:
-    x = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0], [0.8, 0.6]])
-    labels = torch.tensor([0, 0, 1, 1, 2])
-    found = diagnostics(x, labels)
-    assert found.positive_cosine.item() == pytest.approx((0.6 + 0.6 + 0.0 + 0.0) / 4)
-    assert found.hardest_negative_cosine.item() == pytest.approx((0.8 + 0.96 + 0.8 - 0.6 + 0.96) / 5)
-    assert found.chance_level.item() == pytest.approx(4 * math.log(4) / 5)
-    cross = diagnostics(x[:2], labels[:2], x[1:], labels[1:])
-    assert cross.positive_cosine.item() == pytest.approx((0.6 + 1.0) / 2)
-    equal = torch.ones(300, 4)
-    classes = torch.arange(300) % 7
-    assert diagnostics(equal, classes).chance_level.item() == pytest.approx(
-        contrastive_loss(equal, classes).item(), rel=1e-6
-    )
-    some = diagnostics(equal, classes, max_rows=50)
-    assert some.chance_level.item() == pytest.approx(math.log(258), rel=2e-3)
-    assert diagnostics(x[:0], labels[:0]).positive_cosine.isnan()

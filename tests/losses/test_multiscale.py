@@ -133,15 +133,6 @@ def test_layouts_odd_sizes_and_half_precision(sampling: str) -> None:
     torch.testing.assert_close(mixed.total, rounded.total)
 
 
-def test_diagnostics_per_group_and_scale() -> None:
-    features, labels = _batch()
-    loss = MultiScaleContrastiveLoss(images_per_group=2, min_views=2)
-    found = loss.diagnostics(features, labels, _generators(0, 2))
-    assert [len(group) for group in found] == [4, 4]
-    assert -1 <= found[0][0].positive_cosine <= found[0][0].hardest_negative_cosine <= 1
-    assert found[0][0].chance_level > 1
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -48,7 +48,7 @@ def test_model_card_shows_scores_settings_sources_and_ledger(results, params):
     text = write_cards(params, results)[0].read_text()
     assert MINI_STAMP in text
     assert "| ss | 31.25 ± 0.50 | 3 |" in text
-    assert "| 2b | HRNet / +ours / 8 | mIoU 40K | 81.5 | 31.2 ± 0.5 (n=3) |  | ran (mini) |" in text
+    assert "| 2b | HRNet / +ours / 8 | mIoU 40K | 81.5 | 31.2 ± 0.5 (n=3) |  | ran |" in text
     steps = params.resolve(RUN, "mini").settings.steps
     assert f"| steps | {steps} | supplement, Table 2(b)" in text
     assert "| weight-decay-cityscapes | 5e-05 |" in text

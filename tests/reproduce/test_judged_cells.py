@@ -79,4 +79,4 @@ def test_profile_mini_shows_no_difference_to_the_paper(results):
         target.parent.mkdir(parents=True)
         target.write_text(record)
     scores = [row[7:11] for row in body("3", mini) if row[1] == "Swin-B†"]
-    assert scores == [["50.1 [cited]", "46.0", "", "ran (mini)"], ["51.3", "51.3", "", "ran (mini)"]]
+    assert scores == [["50.1 [cited]", "46.0", "", "ran"], ["51.3", "51.3", "", "ran"]]

@@ -33,24 +33,24 @@ def test_boxes_join_diagonal_neighbours_and_skip_ignored_pixels():
     assert find_boxes(label, right, wrong) == [Box(0, 0, 8, 8, 32)]
 
 
-def test_at_most_as_many_boxes_as_asked():
+def test_at_most_three_boxes():
     label = np.zeros((50, 50), np.uint8)
     wrong = label.copy()
     for size, corner in enumerate((0, 10, 20, 30, 40), start=2):
         wrong[corner : corner + size, 0:size] = 1
-    assert [box.pixels for box in find_boxes(label, label, wrong, most=2)] == [36, 25]
+    assert [box.pixels for box in find_boxes(label, label, wrong)] == [36, 25, 16]
 
 
 def test_rows_are_best_median_and_worst_in_equal_shares():
     gains = np.array([0.0, 5.0, -3.0, 1.0, 9.0, -8.0, 2.0, -1.0, 4.0])
     best, median, worst = [4, 1], [6, 3], [2, 5]
     ranks = ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
-    assert choose_rows(gains, 2) == list(zip(best + median + worst, ranks, strict=True))
+    assert choose_rows(gains) == list(zip(best + median + worst, ranks, strict=True))
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 6, 7, 20])
 def test_no_image_is_shown_twice(images):
-    rows = choose_rows(np.arange(images, dtype=float), 2)
+    rows = choose_rows(np.arange(images, dtype=float))
     assert len({i for i, _ in rows}) == len(rows) == (images if images < 3 else 3 if images < 6 else 6)
 
 

@@ -1,16 +1,20 @@
 import base64
 import re
+import shutil
 import subprocess
 import sys
+from datetime import date
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from mscs.results import write_csv, write_json, write_text
 from reproduce.cells import TABLES, cells, table_block
-from reproduce.report import BLANK, class_table, draw_losses, write_report
+from reproduce.curves import draw_losses, mean_curve
+from reproduce.report import BLANK, class_table, write_report
 from reproduce.settings_tables import DATASETS, grid, settings_rows, stamp, title, unicode_power
 from reproduce.tables import MINI_STAMP, Results
 
@@ -87,15 +91,18 @@ def folder(tmp_path: Path) -> Path:
     write_run(folder, PAIR[1], 44.5, [[66.0, 23.0, None]], [3.5, 1.5, 0.5])
     for name in TABLES:
         block = table_block(name)
-        values = [["81.5", f"our {name}", "", "ran (mini)"] for _ in block["columns"]]
+        values = [["81.5", f"our {name}", "", "ran"] for _ in block["columns"]]
         line = ["row"] * len(block["header"]) + [text for value in values for text in value]
         write_text(folder / "tables" / f"{name}.csv", ",".join(line) + "\n" + ",".join(line) + "\n")
-        write_text(folder / "tables" / f"{name}.md", f"### Table {name} in Markdown\n")
     for name in ("fig1", "fig1-scales", "fig3"):
         (folder / "figures").mkdir(exist_ok=True)
         (folder / "figures" / f"{name}.png").write_bytes(PIXEL)
+    drawn = {"per_class": 51, "iterations": 401}
     values = {"knn_accuracy": 51.25, "silhouette": 0.125, "distance_ratio": 0.75}
-    write_json(folder / "figures" / "fig1.json", {"with": {"all scales": values}, "points": {"road": 50}})
+    write_json(
+        folder / "figures" / "fig1.json",
+        {"with": {"all scales": values}, "points": {"road": 50}, "picture": drawn},
+    )
     row = {"id": "frankfurt_7", "rank": "best", "baseline": 40.0, "ours": 52.5, "gain": 12.5, "boxes": {}}
     sheet = {"images": 12, "mean_gain": 1.25, "ours_better": 8, "baseline_better": 3, "rows": [row]}
     write_json(folder / "figures" / "qualitative.json", {"fig3": sheet})
@@ -123,7 +130,7 @@ def test_page_can_be_navigated_and_heard(html):
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
-    assert len(page.alts) == 3
+    assert len(page.alts) == 4
     assert all(page.alts)
     assert set(page.scopes) == {"row", "col", "colgroup"}
 
@@ -136,11 +143,9 @@ def test_page_shows_stamp_and_every_table(html):
 
 
 def test_page_shows_results_and_what_they_were_made_with(html):
-    # one direction of Tables 2(b) is measured, +4.5; all others are not run
-    assert re.search(r"<dd>1\s*<small>of 1 measured", html)
-    assert "as in the paper (+4.5)" in html
     for text in (
         "51.2",
+        "Up to 51 points a class, 401 iterations; the authors",
         "frankfurt_7",
         "+12.5",
         "abc123 with uncommitted changes",
@@ -156,14 +161,15 @@ def test_page_shows_results_and_what_they_were_made_with(html):
     assert "learning-rate-ocrnet-ade20k" not in html
 
 
-def test_markdown_tells_the_same(folder, html):
-    text = (folder / "report.md").read_text()
-    assert MINI_STAMP in text
-    assert "Directions as in the paper: 1 of 1 measured" in text
-    assert all(f"### Table {name} in Markdown" in text for name in TABLES)
-    assert "(figures/fig3.png)" in text
-    assert "| bus <&> | 25.0 | 23.0 | -2.0 |" in text
-    assert "| frankfurt_7 |" in text
+def test_directions_are_judged_in_profile_paper_only(folder, html):
+    assert "Directions" not in html
+    assert "no direction that the paper reports is judged" in html
+    shutil.copytree(folder, folder.with_name("paper"))
+    write_report("paper", folder.with_name("paper"))
+    page = (folder.with_name("paper") / "report.html").read_text()
+    # one direction of Table 2(b) is measured, +4.5; all others are not run
+    assert re.search(r"<dd>1\s*<small>of 1 measured", page)
+    assert "as in the paper (+4.5)" in page
 
 
 def test_class_table_averages_seeds_and_drops_absent_classes(folder):
@@ -173,18 +179,21 @@ def test_class_table_averages_seeds_and_drops_absent_classes(folder):
     assert view["mean"] == ["mean", "40.0", "44.5", "+4.5"]
 
 
-def test_curves_run_from_corner_to_corner(folder):
-    chart = draw_losses(folder / "runs", *PAIR)
-    assert chart is not None
-    points = {
-        style: [tuple(map(float, p.split(","))) for p in line.split()] for style, _, line in chart.lines
-    }
-    assert [text for _, text in chart.x_ticks] == ["0", "15", "30"]
-    assert [text for _, text in chart.y_ticks] == ["0", "4", "8"]
-    # the total of ours starts at 7 of 8 and ends at 1 of 8, at the right border
-    assert points["total"][0] == pytest.approx((124.7, 23.2), abs=0.1)
-    assert points["total"][-1] == pytest.approx((314, 114.8), abs=0.1)
-    assert chart.last == "CE alone 1.000, CE, with ours 0.500, total 1.000"
+def test_curves_are_means_over_seeds(tmp_path):
+    rows = [{"seed": s, "step": step, "ce": step + s} for s in (0, 1) for step in (20, 10)]
+    write_csv(tmp_path / "losses.csv", rows)
+    assert mean_curve(tmp_path / "losses.csv", "ce") == ([10.0, 20.0], [10.5, 20.5])
+
+
+def test_curves_are_the_same_bytes_for_the_same_losses(folder):
+    files = [folder / "runs" / run / "losses.csv" for run in PAIR]
+    picture, last = draw_losses(*files)
+    assert last == "CE, trained with CE 1.000, CE, trained with ours 0.500, total loss of ours 1.000"
+    texts = {node.text for node in ElementTree.fromstring(picture).iter() if node.tag.endswith("text")}
+    assert {"CE, trained with CE", "total loss of ours", "training step", "30"} <= texts
+    assert draw_losses(*files)[0] == picture
+    assert str(date.today().year).encode() not in picture
+    assert draw_losses(files[0], folder / "missing.csv") is None
 
 
 def test_report_of_nothing_says_what_is_missing(tmp_path):
@@ -198,26 +207,21 @@ def test_report_of_nothing_says_what_is_missing(tmp_path):
 
 
 def test_report_needs_no_torch():
-    code = "import reproduce.report, sys; print([m for m in ('torch', 'matplotlib') if m in sys.modules])"
+    code = "import reproduce.report, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
-def test_every_row_of_the_settings_is_in_both_reports(folder, html, params):
-    markdown = (folder / "report.md").read_text()
+def test_every_row_of_the_settings_is_in_the_report(html, params):
     assert stamp(params) in html
-    assert f"*{stamp(params)}*" in markdown
     for table in DATASETS:
         assert f"<summary>{title(table)}</summary>" in html
-        assert f"### {title(table)}" in markdown
-        for row in grid(settings_rows(table, params), unicode_power, "×")[1:]:
-            assert "| " + " | ".join(row) + " |" in markdown
+        for row in grid(settings_rows(table, params), unicode_power, "×"):
             heads, values = (f'<th scope="row">{text}</th>' for text in row[:2]), row[2:]
             assert "".join([*heads, *(f"<td>{text}</td>" for text in values)]) in html
 
 
-def test_before_measuring_both_reports_say_how_to_get_the_memory(folder, html):
-    for text in (html, (folder / "report.md").read_text().replace("`", "")):
-        assert "Not measured yet: python -m reproduce memory on a CUDA GPU" in text
+def test_before_measuring_the_report_says_how_to_get_the_memory(html):
+    assert "Not measured yet: <code>python -m reproduce memory</code> on a CUDA GPU" in html
 
 
 def test_memory_of_each_row_stands_beside_the_dense_formulas_and_the_papers(folder):
@@ -230,13 +234,11 @@ def test_memory_of_each_row_stands_beside_the_dense_formulas_and_the_papers(fold
     }
     write_json(folder / "memory.json", {"device": "Some GPU", "cap_gb": 24.0, "runs": runs})
     write_report("mini", folder)
-    html, markdown = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+    html = (folder / "report.html").read_text()
     Page(html)
-    for text in (html, markdown):
-        assert "Measured on Some GPU, limited to 24 GiB." in text
-        assert "Not measured yet" not in text
+    assert "Measured on Some GPU, limited to 24 GiB." in html
+    assert "Not measured yet" not in html
     for i, cell in enumerate(measured):
         values = [str(cell.paper or BLANK), str(20.5 + i) if i else "OOM", str(5.25 + i)]
-        assert f"| {cell.row} | " + " | ".join(values) + " |" in markdown
         row = f'<th scope="row">{escape(cell.row)}</th>' + "".join(f"<td>{text}</td>" for text in values)
         assert row in html

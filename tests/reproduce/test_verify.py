@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mscs.results import write_json
+from reproduce.__main__ import main
+from reproduce.cells import claims
+from reproduce.tables import MINI_STAMP
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch):
+    """Return what writes the mIoU over three seeds of the runs behind the first claim, for a profile."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    claim = next(claims("2b"))
+
+    def write(profile, better, worse):
+        for run, miou in ((claim.better, better), (claim.worse, worse)):
+            scores = {"miou": miou, "std": 0.3, "n": 3}
+            write_json(Path("results") / profile / "runs" / run / "evaluation.json", {claim.read: scores})
+        return claim
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "status", "code"),
+    [
+        (81.5, 79.1, "holds", 0),
+        (79.2, 79.1, "within seed noise", 1),  # a value that is off fails too
+        (79.1, 81.5, "contradicted", 1),
+    ],
+)
+def test_a_direction_is_judged_by_the_spread_of_its_seeds(scores, better, worse, status, code, capsys):
+    claim = scores("paper", better, worse)
+    assert main(["verify", "--profile", "paper", "--json"]) == code
+    document = json.loads(capsys.readouterr().out)
+    (row,) = (row for row in document["claims"] if row["claim"] == claim.text)
+    assert (row["status"], row["n"]) == (status, 3)
+    assert row["error"] == pytest.approx((2 * 0.3**2 / 3) ** 0.5)
+    text = Path("results/paper/verify.md").read_text()
+    assert f"| 2b | {claim.text} | {better - worse:+.2f} ± 0.24 | {status} |" in text
+
+
+def test_mini_says_what_ran_and_judges_no_direction(scores, capsys):
+    claim = scores("mini", 10.0, 20.0)
+    assert main(["verify", "--profile", "mini"]) == 0
+    text = capsys.readouterr().out
+    assert MINI_STAMP in text
+    assert claim.text not in text
+    assert "| 2b | HRNet / +ours / 8 | mIoU 40K | 81.5 | 10.0 |  | ran |" in text
+    assert "| same count |" in text
+    document = json.loads(Path("results/mini/verify.json").read_text())
+    assert document["claims"] == []
+    assert {row["status"] for row in document["cells"]} == {"ran", "not run", "same count"}
