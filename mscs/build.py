@@ -6,7 +6,7 @@ from its own block of settings.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,14 @@ EMBEDDING_LOSSES: dict[str, Callable[[Any, int], EmbeddingLoss]] = {"contrastive
 """By the name of their block in `mscs.settings.Loss`: from block and images per group to the loss."""
 
 
-def objective(settings: Settings, dataset: Dataset) -> Objective:
-    """Return the training objective."""
+def objective(settings: Settings, class_weights: Sequence[float] | None) -> Objective:
+    """Return the training objective; the dataset's `class_weights` are used if the settings say so."""
     per_group = settings.schedule.images_per_group
     blocks = {name: getattr(settings.loss, name) for name in EMBEDDING_LOSSES}
     return Objective(
         per_group,
         settings.model.aux_weight,
-        torch.tensor(dataset.class_weights) if settings.data.class_weighted else None,
+        torch.tensor(class_weights) if settings.data.class_weighted else None,
         [EMBEDDING_LOSSES[name](block, per_group) for name, block in blocks.items() if block is not None],
     )
 

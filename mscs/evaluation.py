@@ -95,22 +95,6 @@ def evaluate_weights(
     return record, matrices
 
 
-def join_seeds(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Return one record of several seeds of a run, with mean and standard deviation of their mIoU."""
-    joined: dict[str, Any] = {}
-    for record in records:
-        for mode in ("ss", "ms"):
-            if mode in record:
-                joined.setdefault(mode, {"seeds": {}})["seeds"].update(record[mode]["seeds"])
-        joined |= {key: record[key] for key in ("majority_miou", "classes")}
-    for mode in ("ss", "ms"):
-        if mode in joined:
-            values = [entry["miou"] for entry in joined[mode]["seeds"].values()]
-            std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            joined[mode] = {"miou": float(np.mean(values)), "std": std, "n": len(values), **joined[mode]}
-    return joined
-
-
 def nonzero(matrix: np.ndarray) -> list[list[int]]:
     """Return the filled entries of a confusion matrix as [true class, predicted class, pixels]."""
     return [[int(t), int(p), int(matrix[t, p])] for t, p in zip(*np.nonzero(matrix), strict=True)]

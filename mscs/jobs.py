@@ -156,7 +156,6 @@ def require_data(settings: Settings, root: Path) -> None:
             another number or size.
         MscsError: a real dataset whose files do not fit its manifest.
     """
-
     data = settings.data
     if not root.is_dir():
         if data.source != "generated" or root != data_root(settings):

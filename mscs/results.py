@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,3 +84,15 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def join_seeds(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one evaluation record of several seeds, with mean and standard deviation of their mIoU."""
+    joined = {key: value for record in records for key, value in record.items() if key not in ("ss", "ms")}
+    for mode in ("ss", "ms"):
+        seeds = {k: v for record in records if mode in record for k, v in record[mode]["seeds"].items()}
+        if seeds:
+            values = [entry["miou"] for entry in seeds.values()]
+            std = statistics.stdev(values) if len(values) > 1 else None
+            joined[mode] = {"miou": statistics.fmean(values), "std": std, "n": len(values), "seeds": seeds}
+    return joined

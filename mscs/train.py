@@ -77,7 +77,7 @@ class Trainer:
             parts = {
                 "model": model,
                 "optimizer": build.optimizer(settings, model, fused=world.device.type == "cuda"),
-                "objective": build.objective(settings, self.dataset).to(world.device),
+                "objective": build.objective(settings, self.dataset.class_weights).to(world.device),
                 "scaler": torch.amp.GradScaler(
                     world.device.type, enabled=settings.machine.precision == "fp16"
                 ),

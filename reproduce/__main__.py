@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mscs.cli import RESULTS, resolve_all, run_command
+from mscs.command_line import run_command
+from mscs.datasets import DATASETS
 from mscs.errors import UsageError, unknown_name
 from mscs.params import Params, load_params
+from mscs.paths import RESULTS, resolve_all, resolved_path
 from mscs.results import write_json, write_text
 from reproduce import pipeline
 from reproduce.cells import TABLES, cells, table_runs
 from reproduce.workers import devices, side_by_side, visible_gpus
-
-FIGURES = {"fig1": "tsne", **dict.fromkeys(pipeline.FIGURE_RUNS, "qualitative")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,20 +133,18 @@ def stages_of(target: str, params: Params) -> list[str]:
     default = pipeline.default_runs(params)
     if target in TABLES:
         return [f"tables_{target}@{profile}"]
-    if target in FIGURES:
-        return [f"{FIGURES[target]}@{profile}"]
+    if target in pipeline.FIGURES:
+        return [f"{pipeline.FIGURES[target]}@{profile}"]
     if target == "rows":
         return [f"{pipeline.ROWS_FILE}"]
     if target == "report":
         return [f"report@{profile}"]
-    if target in pipeline.DATASETS:
+    if target in DATASETS:
         prefix = "" if any(r.startswith(target) for r in default) else f"{pipeline.ROWS_FILE}:"
         return [f"{prefix}data@{profile}-{target}"]
     if target in params.runs:
-        dataset = params.run_info(target)["dataset"]
-        prefix = "" if target in default else f"{pipeline.ROWS_FILE}:"
-        return [f"{prefix}evaluate_{dataset}@{profile}-{target}"]
-    accepted = [*TABLES, *FIGURES, *pipeline.DATASETS, "rows", "report", *params.runs]
+        return pipeline.Pipeline(params).stages_of(target)[1::2]
+    accepted = [*TABLES, *pipeline.FIGURES, *DATASETS, "rows", "report", *params.runs]
     raise UsageError(unknown_name("target", target, accepted))
 
 
@@ -154,9 +152,9 @@ def runs_of(target: str, params: Params) -> list[str]:
     """Return the runs that a target needs trained."""
     if target in TABLES:
         return table_runs(target)
-    if target in FIGURES:
+    if target in pipeline.FIGURES:
         return list(pipeline.FIGURE_RUNS.get(target, pipeline.TSNE_RUNS))
-    if target in pipeline.DATASETS:
+    if target in DATASETS:
         return []
     if target in params.runs:
         return [target]
@@ -195,6 +193,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     params = load_params()
+    plan = pipeline.Pipeline(params)
+    plan.check()
     targets = [stage for target in args.target for stage in stages_of(target, params)]
     command = [sys.executable, "-m", "dvc", "repro", *targets]
     if args.keep_going:
@@ -204,7 +204,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.gpus is not None or args.jobs is not None:
             workers = devices(args.gpus, args.jobs)
             runs = _wanted(args.target, params)
-            code = side_by_side(params, runs, workers, keep_going=args.keep_going, environment=environment)
+            code = side_by_side(plan, runs, workers, keep_going=args.keep_going, environment=environment)
             if code and not args.keep_going:
                 return code
         code = subprocess.run(command, check=False, env=environment).returncode
@@ -344,7 +344,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _resolve(args: argparse.Namespace) -> None:
     params = load_params()
     profile = _profile(args, params)
-    path = RESULTS / profile / "resolved.json"
+    path = resolved_path(profile)
     write_json(path, resolve_all(params, profile))
     print(path)
 
@@ -366,7 +366,7 @@ def _parameters(_args: argparse.Namespace) -> None:
 
 
 def _pipeline(_args: argparse.Namespace) -> None:
-    pipeline.write(load_params())
+    pipeline.Pipeline(load_params()).write()
     print(f"{pipeline.ROOT_FILE} {pipeline.ROWS_FILE}")
 
 

@@ -14,15 +14,16 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from mscs import build
 from mscs.checkpoint import file_digest
 from mscs.distributed import World
-from mscs.engine import apply_machine_settings, build_network, open_dataset
 from mscs.errors import UsageError, unknown_name
-from mscs.evaluation import MODES, build_protocol, evaluate_model
+from mscs.evaluation import count_pixels
 from mscs.inference import Predictor
 from mscs.metrics import scores
 from mscs.models import ModelOutput, load_upstream, read_state_dict
-from mscs.params import Params, Settings
+from mscs.params import Params
+from mscs.settings import Settings
 
 TOLERANCES = {"ss": 0.3, "ms": 0.5}
 
@@ -68,16 +69,16 @@ def calibrate(
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on the dataset in `root`; return its scores beside the published ones."""
     settings = checkpoint_settings(checkpoint, params)
-    apply_machine_settings(settings)
-    dataset = open_dataset(settings, "val", root)
+    build.apply_machine_settings(settings)
+    dataset = build.open_dataset(settings, "val", root)
     model = load_model(checkpoint, settings, dataset.num_classes, weights)
-    predictor = Predictor(model, build_protocol(settings), device=world.device)
+    predictor = Predictor(model, build.protocol(settings), device=world.device)
     rows = {}
     for mode, published in checkpoint.published.items():
         if mode == "ms" and not multi_scale:
             continue
-        confusion = evaluate_model(predictor, dataset, settings, world, multi_scale=MODES[mode])
-        found = float(scores(confusion, settings.absent_classes)["miou"])  # type: ignore[arg-type]
+        confusion = count_pixels(predictor, dataset, settings, world, multi_scale=mode == "ms")
+        found = float(scores(confusion, settings.evaluation.absent_classes)["miou"])  # type: ignore[arg-type]
         rows[mode] = judge(found, published, TOLERANCES[mode])
     facts = {
         "run": checkpoint.run,
@@ -105,8 +106,8 @@ def load_model(checkpoint: Checkpoint, settings: Settings, num_classes: int, wei
     """Return the network of a checkpoint with its weights; a file that does not fit is a UsageError."""
     if checkpoint.loader == "transformers":
         return SegFormer(weights)
-    model = build_network(settings, num_classes, seed=None, projector=False)
-    load_upstream(model, read_state_dict(weights))  # type: ignore[arg-type]
+    model = build.network(settings, num_classes, seed=None, projector=False)
+    load_upstream(model, read_state_dict(weights))
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mscs.datasets.fetch import SOURCES
 from mscs.datasets.labels import label_set
-from mscs.params import Params, to_plain
+from mscs.params import Params
 from mscs.results import read_json, write_text
 from reproduce import ledger
 from reproduce.cells import cells
@@ -41,11 +41,10 @@ def write_cards(params: Params, results: Results) -> list[Path]:
 def model_card(run: str, params: Params, results: Results) -> str:
     """Return the card of one evaluated run."""
     evaluation = results.evaluation(run) or {}
-    path = results.root / "runs" / run / "run.json"
-    record = read_json(path) if path.exists() else {}
+    record = results.record(run)
     resolved = params.resolve(run, results.profile)
     # what it was trained with, which may no longer be what params.yaml says
-    settings = record.get("settings") or to_plain(resolved.settings)
+    settings = record.get("settings") or resolved.values
     facts = {
         "run": run,
         "stamp": results.stamp,

@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from mscs.cli import RESULTS, resolve_all
 from mscs.errors import UsageError
 from mscs.params import Params
+from mscs.paths import RESULTS, resolve_all
 from mscs.results import read_json
 from reproduce.cells import Cell, cells
 from reproduce.rendering import markdown_page, markdown_table, render
@@ -62,7 +62,8 @@ class Revision:
             if stored is None:
                 raise
             return stored, f"{self.name}: resolved.json is used, params.yaml is of another version ({error})"
-        stale = [name for name in current if stored is not None and stored.get(name) != current[name]]
+        old, new = _named(stored or {}), _named(current)
+        stale = [name for name in new if name in old and old[name] != new[name]]
         remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
         return current, remark
 
@@ -103,7 +104,8 @@ def compare(first: Revision, second: Revision, profile: str | None = None) -> di
     edits = differences(first.params(), second.params())
     profile = profile or second.params()["profile"]
     (before, remark), (after, other) = first.settings(profile), second.settings(profile)
-    touched = {name: keys for name in {**before, **after} if (keys := _setting_edits(name, before, after))}
+    old, new = _named(before), _named(after)
+    touched = {name: keys for name in {**old, **new} if (keys := _setting_edits(name, old, new))}
     results = first.results(profile), second.results(profile)
     rows = [_cell_row(cell, *results) for cell in cells() if cell.run is not None]
     return {
@@ -113,8 +115,8 @@ def compare(first: Revision, second: Revision, profile: str | None = None) -> di
         "remarks": [text for text in (remark, other) if text],
         "params": edits,
         "runs": {name: keys | _scores(name, *results) for name, keys in touched.items()},
-        "untouched_runs": sorted(name for name in after if name not in touched and "info" in after[name]),
-        "data": [name for name in after if "info" not in after[name] and _digest(name, *results)],
+        "untouched_runs": sorted(name for name in after["runs"] if name not in touched),
+        "data": [name for name in after["datasets"] if _digest(name, *results)],
         "moved": [row for row in rows if row["verdict"] not in ("unchanged", "not run")],
         "unchanged": [row for row in rows if row["verdict"] == "unchanged"],
         "not_run": sum(row["verdict"] == "not run" for row in rows),
@@ -129,6 +131,11 @@ def differences(first: Any, second: Any, prefix: str = "") -> dict[str, list[Any
     for key in {**first, **second}:
         found |= differences(first.get(key), second.get(key), f"{prefix}.{key}" if prefix else str(key))
     return found
+
+
+def _named(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a resolved.json by the name of a dataset or run."""
+    return {**resolved.get("datasets", {}), **resolved.get("runs", {})}
 
 
 def _setting_edits(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,16 +10,17 @@ from matplotlib.figure import Figure
 from reproduce.style import paper_style
 
 CURVES = (("ce", "CE, trained with CE", "#0072b2", "-"), ("ce", "CE, trained with ours", "#d55e00", "-"))
+LOSSES = "seed-*/losses.csv"
 TOTAL = ("loss", "total loss of ours", "#d55e00", ":")
 
 
 def draw_losses(baseline: Path, ours: Path) -> tuple[bytes, str] | None:
     """Return cross-entropy of both runs and the total of ours as SVG, and their last values in words.
 
-    baseline, ours: losses.csv of a run; several seeds are averaged. None before both have been written. The
-    same files give the same bytes.
+    baseline, ours: folders of two runs; their seeds are averaged. None before both have losses.csv. The same
+    files give the same bytes.
     """
-    if not (baseline.exists() and ours.exists()):
+    if not all(any(run.glob(LOSSES)) for run in (baseline, ours)):
         return None
     figure = Figure(figsize=(3.4, 1.9), layout="constrained")
     last = []
@@ -37,10 +38,11 @@ def draw_losses(baseline: Path, ours: Path) -> tuple[bytes, str] | None:
     return picture.getvalue(), ", ".join(last)
 
 
-def mean_curve(path: Path, column: str) -> tuple[list[float], list[float]]:
-    """Return the steps of a losses.csv and the mean over seeds of one column at each."""
+def mean_curve(run: Path, column: str) -> tuple[list[float], list[float]]:
+    """Return the logged steps of a run and the mean over its seeds of one column at each."""
     found: dict[float, list[float]] = {}
-    for row in csv.DictReader(io.StringIO(path.read_text())):
-        found.setdefault(float(row["step"]), []).append(float(row[column]))
+    for path in sorted(run.glob(LOSSES)):
+        for row in csv.DictReader(io.StringIO(path.read_text())):
+            found.setdefault(float(row["step"]), []).append(float(row[column]))
     steps = sorted(found)
     return steps, [sum(found[step]) / len(found[step]) for step in steps]

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mscs import build
 from mscs.datasets import label_set
-from mscs.engine import apply_machine_settings, build_network, build_objective
 from mscs.errors import MscsError
-from mscs.optim import build_optimizer
-from mscs.params import Params, Settings
+from mscs.losses import MultiScaleContrastiveLoss
+from mscs.params import Params
 from mscs.seeding import torch_generator
+from mscs.settings import Settings
 from reproduce.cells import cells
 
 CAP_GB = 24.0
@@ -68,25 +69,17 @@ def gpu_peak(settings: Settings, backend: str) -> float | None:
 
 def train_steps(settings: Settings, backend: str, device: torch.device) -> float:
     """Train `STEPS` steps on one group of drawn images; return the last loss."""
-    apply_machine_settings(settings)
-    labels = label_set(settings.dataset, settings.task)
-    model = build_network(settings, labels.num_classes, seed=0).to(device).train()
-    if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    objective = build_objective(settings, labels, device)  # type: ignore[arg-type]
-    assert objective.contrastive is not None
-    objective.contrastive.backend = backend
-    optimizer = build_optimizer(
-        model.named_parameters(),
-        settings.optimizer,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        fused=device.type == "cuda",
-    )
+    build.apply_machine_settings(settings)
+    labels = label_set(settings.data.name, settings.data.task)
+    model = build.network(settings, labels.num_classes, seed=0).to(device).train()
+    objective = build.objective(settings, labels.class_weights).to(device)
+    for module in objective.modules():
+        if isinstance(module, MultiScaleContrastiveLoss):
+            module.backend = backend
+    optimizer = build.optimizer(settings, model, fused=device.type == "cuda")
     generator = torch_generator(0, "memory")
-    height, width = settings.crop_size
-    shape = (settings.images_per_group, height // LABEL_BLOCK, width // LABEL_BLOCK)
+    height, width = settings.schedule.crop_size
+    shape = (settings.schedule.images_per_group, height // LABEL_BLOCK, width // LABEL_BLOCK)
     blocks = torch.randint(0, labels.num_classes, shape, generator=generator)
     truth = F.interpolate(blocks[:, None].float(), (height, width))[:, 0].long().to(device)
     images = torch.randn(len(blocks), 3, height, width, generator=generator).to(device)

@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from mscs.datasets import DATASETS
 from mscs.errors import UsageError
 from mscs.params import Params
 from mscs.results import write_text
@@ -119,7 +118,7 @@ class Pipeline:
         ]
 
     def _group(self, run: str) -> str:
-        """Return what runs share a stage by: their dataset, and their seeds where these are not everyone's."""
+        """Return what runs share a stage by: their dataset, and their seeds where these are special."""
         dataset, seeds = self.params.run_info(run)["dataset"], self.seeds[run]
         usual = next(iter(self.seeds.values()))
         return dataset if seeds == usual else f"{dataset}_seeds_{'_'.join(map(str, seeds))}"
@@ -191,8 +190,8 @@ class Pipeline:
         deps = [*own_code("reproduce.report"), "reproduce/report.html.j2"]
         deps += ["reproduce/paper.yaml", "reproduce/ledger.yaml", "params.yaml", RESOLVED]
         deps += [f"{RESULTS}/tables/{table}.{kind}" for table in TABLES for kind in ("json", "csv", "md")]
-        pictures = ("fig1.png", "fig1-scales.png", "fig1.json", "qualitative.json")
-        pictures += tuple(f"{figure}.png" for figure in FIGURE_RUNS)
+        pictures = ["fig1.png", "fig1-scales.png", "fig1.json", "qualitative.json"]
+        pictures += [f"{figure}.png" for figure in FIGURE_RUNS]
         deps += [f"{RESULTS}/figures/{name}" for name in pictures]
         deps += self._data_files(runs)
         deps += [path for name in ("evaluation.json", "losses.csv") for path in self._results(runs, name)]

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mscs.cli import RESULTS, WORK
 from mscs.errors import MscsError
-from mscs.params import GROUPS, Params, Settings
+from mscs.params import Params
+from mscs.paths import WORK, SeedFiles, checkpoint_folder
 from mscs.provenance import machine
 from mscs.results import read_json
+from mscs.settings import Settings
 
 MEASURED = Path("benchmarks/results")
 SCRIPT = Path("benchmarks/step.py")
@@ -47,34 +48,36 @@ def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
     found = []
     for run in runs:
         settings = params.resolve(run).settings
-        steps = settings.steps * len(settings.seeds)
+        steps = settings.schedule.steps * len(settings.seeds)
         row = measurement(settings, device)
-        hours = None if row is None else steps * GROUPS * row["step_ms"] / 3.6e6
+        hours = None if row is None else steps * settings.schedule.groups * row["step_ms"] / 3.6e6
         memory = None if row is None else row["peak_bytes"]
-        now, left = state(settings), 0
-        if now == "to do":
-            left = steps - saved_steps(settings)
-            now = "started" if left < steps else now
-        found.append(Cost(run, now, steps, left, steps * settings.batch_size, hours, memory))
+        left = steps - sum(saved_steps(settings, seed) for seed in settings.seeds)
+        states = {state(settings, seed) for seed in settings.seeds}
+        now = states.pop() if len(states) == 1 else "started"
+        if now == "to do" and left < steps:
+            now = "started"
+        found.append(Cost(run, now, steps, left, steps * settings.schedule.batch_size, hours, memory))
     return found
 
 
-def saved_steps(settings: Settings) -> int:
-    """Return how many steps of a run lie in checkpoints, over all its seeds."""
-    folder = WORK / settings.profile / "checkpoints" / f"{settings.run}-{settings.digest()}"
-    newest = [max(seed.glob("step-*.json"), default=None) for seed in folder.glob("seed-*")]
-    return sum(int(read_json(path)["step"]) for path in newest if path is not None)
+def saved_steps(settings: Settings, seed: int) -> int:
+    """Return how many steps of a seed are done: all of a finished training, else those of its checkpoint."""
+    if state(settings, seed) != "to do":
+        return settings.schedule.steps
+    newest = max(checkpoint_folder(settings, seed).glob("step-*.json"), default=None)
+    return 0 if newest is None else int(read_json(newest)["step"])
 
 
-def state(settings: Settings) -> str:
-    """Return "done", "trained" (not evaluated) or "to do", from the results that are there."""
-    folder = RESULTS / settings.profile / "runs" / settings.run
+def state(settings: Settings, seed: int) -> str:
+    """Return "done", "trained" (not evaluated) or "to do", from the results of a seed that are there."""
+    files = SeedFiles(settings.profile, settings.run, seed)
     try:
-        if read_json(folder / "run.json").get("digest") != settings.digest():
+        if read_json(files.record).get("digest") != settings.digest():
             return "to do"
     except MscsError:
         return "to do"
-    return "done" if (folder / "evaluation.json").exists() else "trained"
+    return "done" if files.evaluation.exists() else "trained"
 
 
 def measurement(settings: Settings, device: str) -> dict[str, Any] | None:
@@ -86,9 +89,9 @@ def measurement(settings: Settings, device: str) -> dict[str, Any] | None:
         if (document["device"], document["profile"], document["quick"]) != (device, settings.profile, False):
             continue
         for row in document["results"]:
-            same = all(row["options"].get(key, False) == getattr(settings, key) for key in OPTIONS)
+            same = all(row["options"].get(key, False) == getattr(settings.machine, key) for key in OPTIONS)
             found = (row["row"], row.get("loss"), row["batch"])
-            wanted = (settings.schedule, settings.loss, settings.images_per_group)
+            wanted = (settings.schedule.name, settings.loss.name, settings.schedule.images_per_group)
             if same and found == wanted and "failed" not in row:
                 return row
     return None

@@ -34,10 +34,10 @@ def write_report(profile: str, folder: Path) -> None:
     """Write report.html into `folder`, the profile's results folder, from what lies there."""
     params, results = load_params(), Results(profile, folder.parent)
     runs = sorted(path for path in (folder / "runs").glob("*") if path.is_dir())
-    records = {path.name: record for path in runs if (record := _read(path / "run.json"))}
+    records = {path.name: record for path in runs if (record := results.record(path.name))}
     pairs = [(path, ours) for path in runs if (ours := _partner(path)) in runs and ours != path]
     tables = [table for name in TABLES if (table := read_table(name, results))]
-    curves = {_pair_name(ce): draw_losses(ce / "losses.csv", ours / "losses.csv") for ce, ours in pairs}
+    curves = {_pair_name(ce): draw_losses(ce, ours) for ce, ours in pairs}
     pictures = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
     separation = _read(folder / "figures" / "fig1.json")
     facts = {

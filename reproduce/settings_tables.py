@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from mscs.params import Params, Settings
+from mscs.params import Params
 from mscs.results import write_text
+from mscs.settings import Settings
 from reproduce.rendering import csv_table, latex_table, markdown_page, markdown_table
 from reproduce.tables import Results
 

@@ -1,4 +1,4 @@
-"""What each pipeline stage does. Called by reproduce/stage as `VERB PROFILE [NAME [SEED]]`; not meant for people.
+"""What each pipeline stage does. Called by reproduce/stage as `VERB PROFILE [NAME [SEED]]`, not by people.
 
 A stage takes its settings from results/<profile>/resolved.json, the file its hash is made of, never from
 params.yaml directly.

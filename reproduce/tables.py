@@ -2,15 +2,17 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mscs.errors import MscsError
 from mscs.params import Params, load_params
-from mscs.results import read_json, write_json, write_text
+from mscs.paths import RESULTS
+from mscs.results import join_seeds, read_json, write_json, write_text
 from reproduce.cells import Cell, Claim, cells, claims, row_cells, table_block
 from reproduce.rendering import csv_table, latex_table, markdown_list, markdown_page, markdown_table
 
-RESULTS = Path("results")
 MINI_STAMP = "profile mini: generated data, tiny networks, not comparable with the paper"
 PAPER_STAMP = "profile paper"
 TOLERANCES = {"cityscapes": 0.6, "ade20k": 1.0, "pascal_context": 0.7, "cadis": 1.0}
@@ -52,10 +54,41 @@ class Results:
         """What every table and figure of the profile says of itself."""
         return MINI_STAMP if self.profile == "mini" else PAPER_STAMP
 
+    def seed_files(self, run: str, name: str) -> list[Path]:
+        """Return the files called `name` of a run's seeds, as far as they are there."""
+        found = (self.root / "runs" / run).glob(f"seed-*/{name}")
+        seeds = self.resolved.get("runs", {}).get(run, {}).get("info", {}).get("seeds")
+        wanted = None if seeds is None else {f"seed-{seed}" for seed in seeds}
+        return sorted(path for path in found if wanted is None or path.parent.name in wanted)
+
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """The content of resolved.json; empty where there is none."""
+        path = self.root / "resolved.json"
+        return read_json(path) if path.exists() else {}
+
     def evaluation(self, run: str) -> dict[str, Any] | None:
-        """Return a run's evaluation.json, or None where it has not been run."""
-        path = self.root / "runs" / run / "evaluation.json"
-        return read_json(path) if path.exists() else None
+        """Return the scores of all seeds of a run in one record, or None where it has not been run."""
+        records = [read_json(path) for path in self.seed_files(run, "evaluation.json")]
+        if len({record.get("digest") for record in records}) > 1:
+            raise MscsError(
+                f"the seeds of {run} were trained under different settings; `python -m reproduce run {run}` "
+                "brings them up to date"
+            )
+        return join_seeds(records) if records else None
+
+    def record(self, run: str) -> dict[str, Any]:
+        """Return what a run was made with: its first seed's run.json, with the costs of all; may be empty."""
+        records = [read_json(path) for path in self.seed_files(run, "run.json")]
+        if not records:
+            return {}
+        hours = [record["gpu_hours"] for record in records if record["gpu_hours"] is not None]
+        return {
+            **records[0],
+            "seconds": sum(record["seconds"] for record in records),
+            "gpu_hours": sum(hours) if hours else None,
+            "peak_bytes": max(record["peak_bytes"] for record in records),
+        }
 
     def score(self, run: str, mode: str) -> Value:
         """Return a run's mIoU in percent, with standard deviation and number of seeds."""
@@ -127,11 +160,11 @@ def parameter_count(params: Params, run: str) -> int:
     settings = params.resolve(run, "paper").settings
     with torch.device("meta"):
         model = build_model(
-            settings.model,
-            settings.backbone,
-            label_set(settings.dataset, settings.task).num_classes,
-            projector=settings.projector,
-            **settings.model_options,
+            settings.model.name,
+            settings.model.backbone,
+            label_set(settings.data.name, settings.data.task).num_classes,
+            projector=settings.loss.projector,
+            **settings.model.options,
         )
     return count_parameters(model)
 

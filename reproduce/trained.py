@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mscs import build
 from mscs.datasets import Dataset, Sample
-from mscs.engine import apply_machine_settings, open_dataset
-from mscs.evaluation import build_predictor, load_network, scored_label
+from mscs.evaluation import scored_label
 from mscs.inference import Predictor
-from mscs.params import Settings
+from mscs.settings import Settings
 from mscs.transforms import normalize, pad_reflect
 
 
@@ -32,21 +32,21 @@ class TrainedRun:
 
     def dataset(self, split: str = "val") -> Dataset:
         """Open one split of the run's dataset."""
-        return open_dataset(self.settings, split, self.data_root)
+        return build.open_dataset(self.settings, split, self.data_root)
 
     @cached_property
     def predictor(self) -> Predictor:
         """The network behind the dataset's evaluation protocol."""
-        apply_machine_settings(self.settings)
+        build.apply_machine_settings(self.settings)
         classes = self.dataset().num_classes
-        return build_predictor(self.settings, classes, self.weights, self.device)
+        return build.predictor(self.settings, classes, self.weights, self.device)
 
     @cached_property
     def network(self) -> torch.nn.Module:
         """The network in evaluation mode."""
-        apply_machine_settings(self.settings)
+        build.apply_machine_settings(self.settings)
         classes = self.dataset().num_classes
-        return load_network(self.settings, classes, self.weights).to(self.device).eval()
+        return build.trained_network(self.settings, classes, self.weights).to(self.device).eval()
 
     def predict(self, sample: Sample) -> np.ndarray:
         """Return the single-scale prediction, uint8 (H, W), of the size of `label`."""
@@ -58,7 +58,7 @@ class TrainedRun:
 
     def image(self, sample: Sample) -> np.ndarray:
         """Return the image (H, W, 3) that lies under `label`."""
-        rows = self.settings.reflect_pad if self.settings.score_padding else (0, 0)
+        rows = self.settings.data.reflect_pad if self.settings.evaluation.score_padding else (0, 0)
         return pad_reflect(sample.image, rows)
 
     @torch.inference_mode()

@@ -71,7 +71,7 @@ def side_by_side(
     keep_going: bool = False,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Bring `runs` up to date, as many seeds at a time as there are workers; return DVC's first bad exit code.
+    """Bring `runs` up to date, as many seeds at a time as there are workers; return the first bad exit code.
 
     After a failure no further training is started, unless `keep_going`; those under way end.
     """
