@@ -6,18 +6,22 @@ when its results change. A run's identity holds these versions, never files or d
 
 import importlib.metadata
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mscs.blocks import blocks_in
 from mscs.errors import UsageError
+from mscs.settings import Loss, Phase
 
 FILE = Path("numerics.yaml")
 PACKAGES = "packages"
 """The unit of the installed packages, which has accepted versions instead of a digest."""
 
 
+@cache
 def load_numerics(path: Path = FILE) -> dict[str, Any]:
     """Return numerics.yaml as it stands; UsageError where it is missing or broken."""
     try:
@@ -32,22 +36,23 @@ def load_numerics(path: Path = FILE) -> dict[str, Any]:
     raise UsageError(f"{path} cannot be used ({reason}); take it from git again: git checkout {path}")
 
 
-def units_of(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+def units_of(settings: Mapping[str, Any]) -> dict[Phase, list[str]]:
     """Return the units that a run uses, by phase (`train`, `evaluate`).
 
     Args:
-        settings: a flat mapping, as `mscs show RUN --json` prints it; `model` and `contrastive` are read.
+        settings: a flat mapping, as `mscs show RUN --json` prints it; `model` and the switches of the losses
+            on embeddings are read, each of which is a unit of its name.
     """
     network = ["data", "transforms", "networks", settings["model"]]
-    contrastive = ["contrastive"] if settings["contrastive"] else []
+    losses = [name for name, info in Loss.model_fields.items() if blocks_in(info) and settings.get(name)]
     return {
-        "train": [*network, "cross_entropy", *contrastive, "optimizer", "training", PACKAGES],
+        "train": [*network, "cross_entropy", *losses, "optimizer", "training", PACKAGES],
         "evaluate": [*network, "inference", "metrics", PACKAGES],
     }
 
 
 def versions(
-    settings: Mapping[str, Any], phase: str, numerics: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any], phase: Phase, numerics: Mapping[str, Any] | None = None
 ) -> dict[str, int]:
     """Return the version of every unit that `phase` ("train" or "evaluate") of a run uses.
 

@@ -17,7 +17,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mscs.blocks import check_value, from_flat, keys
 from mscs.errors import UsageError, unknown_name
-from mscs.settings import Data, Evaluation, Loss, Model, Schedule, Settings
+from mscs.numerics import FILE as NUMERICS
+from mscs.numerics import load_numerics, versions
+from mscs.settings import PHASES, Data, Evaluation, Loss, Model, Schedule, Settings
 
 PAPER_GROUPS = 4
 """Every row of the supplement was trained on four GPUs: unless said otherwise a batch is four groups."""
@@ -149,7 +151,9 @@ class Params:
         sources |= {"profile": "params.yaml, profile", "recipe": f"{recipe_source}: {self.about(recipe)}"}
         where = f"{self._path}: run {run}"
         _complete(values, sources, overrides, where)
-        values["numerics"] = {"train": {}, "evaluate": {}}
+        numerics = load_numerics(Path(self._path).with_name(NUMERICS.name))
+        values["numerics"] = {phase: versions(values, phase, numerics) for phase in PHASES}
+        sources["numerics"] = f"{NUMERICS}: versions of the code that the run uses"
         return Resolved(from_flat(Settings, values, where), values, sources)
 
     def _layers(

@@ -10,7 +10,7 @@ from mscs.blocks import from_flat
 from mscs.errors import MscsError, UsageError
 from mscs.params import Params
 from mscs.results import read_json
-from mscs.settings import Phase, Settings
+from mscs.settings import PHASES, Settings
 
 WORK = Path("work")
 """Big and private: generated data, checkpoints, weights."""
@@ -18,7 +18,6 @@ RESULTS = Path("results")
 """Small and shared: what tables, figures and the report are made of."""
 
 DATA_KEYS = ("data_source", "task", "image_size", "train_images", "val_images")
-PHASES: tuple[Phase, ...] = ("train", "evaluate")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from mscs.errors import unknown_name
 from mscs.models.options import MODEL_OPTIONS
 
 Phase = Literal["train", "evaluate"]
+PHASES: tuple[Phase, ...] = ("train", "evaluate")
 
 
 def _dataset(value: str) -> str:

@@ -76,14 +76,14 @@ def grid(rows: Sequence[Settings], number: Number = plain, times: str = "x") -> 
     """Return the rows of a table as text: one per network, in the columns of `HEADER`."""
     return [
         [
-            MODELS[row.model],
-            BACKBONES[row.backbone.partition(".")[0].partition("_patch")[0]],
-            times.join(map(str, row.crop_size)),
-            number(row.lr),
-            row.lr_schedule,
-            number(row.weight_decay),
-            f"{row.batch_size}/{row.steps / 1000:g}K",
-            row.optimizer.upper(),
+            MODELS[row.model.name],
+            BACKBONES[row.model.backbone.partition(".")[0].partition("_patch")[0]],
+            times.join(map(str, row.schedule.crop_size)),
+            number(row.schedule.lr),
+            row.schedule.lr_schedule.name,
+            number(row.schedule.weight_decay),
+            f"{row.schedule.batch_size}/{row.schedule.steps / 1000:g}K",
+            row.schedule.optimizer.name.upper(),
         ]
         for row in rows
     ]
