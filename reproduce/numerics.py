@@ -174,8 +174,9 @@ def accept_same(params: Params, unit: str, python: str | None = None) -> str:
     if findings:
         raise MscsError(
             "\n".join(map(str, findings[:SHOWN]))
-            + f"\n{unit}: {len(findings)} differences, nothing was accepted. If they are on purpose: python "
-            f'-m reproduce accept {unit} --changed "why". If several units changed, accept and commit one by one'
+            + f"\n{unit}: {len(findings)} differences, nothing was accepted. If they are on purpose: "
+            f'python -m reproduce accept {unit} --changed "why". '
+            "If several units changed, accept and commit one by one"
         )
     _write(numerics, unit, new)
     return f"{unit}: {len(runs)} short trainings gave the same results; accepted"

@@ -167,6 +167,8 @@ def refusals(tree: Tree) -> dict[str, list[Any]]:
         (folder / "value.yaml").write_text(text.replace("\n  hflip: 0.5", "\n  hflip: often", 1))
         (folder / "damaged.safetensors").write_bytes(b"no weights at all")
         (folder / "empty").mkdir()
+        scenes = "mscs data synth cityscapes --root scenes --train 1 --val 1 --size 64 128"
+        tree.run(folder, [scenes.split(" ")])
         outcomes = tree.run(folder, [line.split(" ") for line in lines], refusals=True)
         answers = [[code, err.rpartition("\n")[2].replace(str(folder), ".")] for code, _, err in outcomes]
     return dict(zip(lines, answers, strict=True))
