@@ -90,10 +90,10 @@ def _pieces(values: list[ast.expr]) -> list[Any]:
 
 
 def reached(entries: Iterable[str], root: Path = Path()) -> set[str]:
-    """Return the files of `mscs` that the `entries` import, directly or not, with the data beside them.
+    """Return the files of `mscs` that the `entries` import, directly or not, and the data beside them.
 
-    Names imported from a package are followed to the module that the package takes them from, so that a lazy
-    package does not stand for all of its modules.
+    Packages count, but their imports are not followed: a name imported from a package leads to the module
+    that the package takes it from, so that a lazy package does not stand for all of its modules.
     """
     seen: set[Path] = set()
     waiting = [root / entry for entry in entries]
@@ -104,8 +104,9 @@ def reached(entries: Iterable[str], root: Path = Path()) -> set[str]:
         seen.add(path)
         if path.name != "__init__.py":
             waiting += _imported(path, root)
-    data = {file for folder in {path.parent for path in seen} for file in folder.glob(f"*{DATA_FILES}")}
-    return {str(path.relative_to(root)) for path in seen | data}
+    for folder in {path.parent for path in seen}:
+        seen |= {*folder.glob("__init__.py"), *folder.glob(f"*{DATA_FILES}")}
+    return {str(path.relative_to(root)) for path in seen}
 
 
 def _imported(path: Path, root: Path) -> list[Path]:
