@@ -86,7 +86,7 @@ def _add_pipeline(commands: _Commands) -> None:
 
 def _add_numerics(commands: _Commands) -> None:
     accept = commands.add("accept", _accept, "record a changed unit of the code in numerics.yaml")
-    accept.add_argument("unit", metavar="UNIT", help="a unit of numerics.yaml, or packages")
+    accept.add_argument("unit", metavar="UNIT", nargs="+", help="a unit of numerics.yaml, or packages")
     how = accept.add_mutually_exclusive_group(required=True)
     how.add_argument("--same", action="store_true", help="if short trainings agree with the accepted state")
     how.add_argument("--changed", metavar="WHY", help="raise its version: runs that use it are stale")
@@ -331,8 +331,9 @@ def _accept(args: argparse.Namespace) -> None:
     params = load_params()
     if args.same:
         print(accept_same(params, args.unit, args.python))
-    else:
-        print(accept_changed(params, args.unit, args.changed))
+        return
+    for unit in args.unit:
+        print(accept_changed(params, unit, args.changed))
 
 
 def _compare_trees(args: argparse.Namespace) -> int:

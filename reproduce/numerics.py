@@ -9,9 +9,8 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -149,38 +148,50 @@ def remedy(unit: str) -> str:
     )
 
 
-def accept_same(params: Params, unit: str, python: str | None = None) -> str:
-    """Accept a unit's present state if its short trainings agree with the accepted one; return what was done.
+def accept_same(params: Params, units: Sequence[str], python: str | None = None) -> str:
+    """Accept the present state of units if their short trainings agree with the accepted state.
 
-    `python` is an interpreter with the accepted packages; only the unit `packages` needs it.
+    Returns what was done. `python` is an interpreter with the accepted packages, which `packages` needs.
     """
     numerics = load_numerics()
-    old, new = _states(numerics, unit)
-    if old == new:
-        return f"{unit}: nothing to accept"
+    states = {unit: _states(numerics, unit) for unit in units}
+    changed = {unit: state for unit, state in states.items() if state[0] != state[1]}
+    if not changed:
+        return f"{', '.join(units)}: nothing to accept"
     flat = {run: to_plain(params.resolve(run, trees.PROFILE).settings) for run in params.runs}
-    used = {run: values for run, values in flat.items() if unit in chain(*units_of(values).values())}
-    runs, here = trees.cases(used), trees.Tree(Path.cwd())
-    if unit == PACKAGES:
-        if python is None:
-            raise UsageError(
-                f"{unit} --same needs --python PATH, an interpreter that has the accepted packages: its "
-                'trainings are compared with those of this one. Without one there is --changed "why"'
-            )
-        findings = trees.compare_trainings((trees.Tree(Path.cwd(), python), here), runs)
-        new = {name: [*old[name], *(v for v in new[name] if v not in old[name])] for name in new}
-    else:
-        with trees.checkout(accepted_commit(unit, old)) as source:
-            findings = trees.compare_trainings((trees.Tree(source), here), runs)
+    runs = trees.cases({run: s for run, s in flat.items() if _all_units(s) & changed.keys()})
+    findings, here = [], trees.Tree(Path.cwd())
+    if PACKAGES in changed:
+        findings += trees.compare_trainings((trees.Tree(Path.cwd(), _other(python)), here), runs)
+        old, new = changed[PACKAGES]
+        changed[PACKAGES] = old, {k: [*old[k], *(v for v in new[k] if v not in old[k])] for k in new}
+    commits = {accepted_commit(unit, old) for unit, (old, _) in changed.items() if unit != PACKAGES}
+    for commit in sorted(commits):
+        with trees.checkout(commit) as source:
+            findings += trees.compare_trainings((trees.Tree(source), here), runs)
+    named = ", ".join(changed)
     if findings:
         raise MscsError(
             "\n".join(map(str, findings[:SHOWN]))
-            + f"\n{unit}: {len(findings)} differences, nothing was accepted. If they are on purpose: "
-            f'python -m reproduce accept {unit} --changed "why". '
-            "If several units changed, accept and commit one by one"
+            + f"\n{named}: {len(findings)} differences, nothing was accepted. If they are on purpose: "
+            'python -m reproduce accept UNIT --changed "why", a commit for each unit'
         )
-    _write(numerics, unit, new)
-    return f"{unit}: {len(runs)} short trainings gave the same results; accepted"
+    for unit, (_, new) in changed.items():
+        _write(numerics, unit, new)
+    return f"{named}: {len(runs)} short trainings on the CPU gave the same results; accepted"
+
+
+def _other(python: str | None) -> str:
+    if python is None:
+        raise UsageError(
+            f"{PACKAGES} --same needs --python PATH, an interpreter that has the accepted packages: its "
+            'trainings are compared with those of this one. Without one there is --changed "why"'
+        )
+    return python
+
+
+def _all_units(settings: Mapping[str, Any]) -> set[str]:
+    return {unit for units in units_of(settings).values() for unit in units}
 
 
 def accept_changed(params: Params, unit: str, why: str) -> str:

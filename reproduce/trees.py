@@ -35,8 +35,16 @@ RELATIVE, ABSOLUTE = 1e-9, 1e-14
 LISTS = Path("reproduce/trees.yaml")
 OWN = {"work", "results", "data", ".git", ".venv"}
 """What a tree's folder does not take over from the project's."""
-SHORT = {"precision": "fp64", "steps": 3, "warmup_steps": 1, "log_every": 1, "threads": 1, "seeds": "[0]"}
-"""Settings of a short training; the warm-up ends early, so that the rest of the schedule counts too."""
+SHORT = {
+    "precision": "fp64",
+    "steps": 3,
+    "warmup_steps": 1,  # so that the rest of the schedule counts too
+    "log_every": 1,
+    "threads": 1,
+    "seeds": "[0]",
+    "evaluation": "[ss,ms]",
+}
+"""Settings of a short training and its evaluation."""
 IMAGES = {"--train": 8, "--val": 2}
 
 DRIVER = """
@@ -222,7 +230,7 @@ def compare_trainings(pair: tuple[Tree, Tree], runs: Sequence[str] | None = None
                 raise UsageError(f"the older tree has no run {run!r}; compare others with --cases")
             root = Path(data) / settings[run]["dataset"]
             if not root.exists():
-                counts = [text for pair in IMAGES.items() for text in map(str, pair)]
+                counts = [text for item in IMAGES.items() for text in map(str, item)]
                 size = ["--size", *map(str, settings[run]["image_size"])]
                 command = ["mscs", "data", "synth", root.name, "--root", str(root), *counts, *size]
                 with pair[0].folder() as folder:

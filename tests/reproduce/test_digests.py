@@ -10,7 +10,7 @@ import yaml
 
 from mscs.errors import MscsError, UsageError
 from mscs.numerics import FILE, load_numerics
-from reproduce import numerics, trees
+from reproduce import numerics, plan, trees
 from reproduce.numerics import accept_changed, accept_same, accepted_commit, digest, moved, reached, remedy
 
 ROOT = Path(__file__).parents[2]
@@ -201,16 +201,16 @@ def stand_in(monkeypatch, findings):
 def test_accept_same_writes_the_digest_only_if_the_trainings_agree(project, monkeypatch):
     commit_ = accepted_commit("optimizer", load_numerics()["units"]["optimizer"]["digest"])
     before = FILE.read_text()
-    assert accept_same(project, "optimizer") == "optimizer: nothing to accept"
+    assert accept_same(project, ["optimizer"]) == "optimizer: nothing to accept"
     write("LR = 0.2\n")
     assert set(moved({**load_numerics(), "files": {"optimizer": ["mscs/optim.py"]}})) == {"optimizer"}
     commit()
     stand_in(monkeypatch, [trees.Finding("run/losses.csv/0/loss", 1.0, 2.0)])
-    with pytest.raises(MscsError, match=r"was 1.0\n  is  2.0\noptimizer: 1 differences.*--changed"):
-        accept_same(project, "optimizer")
+    with pytest.raises(MscsError, match=r"was 1.0\n  is  2.0\noptimizer: 1 differences.*UNIT --changed"):
+        accept_same(project, ["optimizer"])
     assert FILE.read_text() == before
     asked = stand_in(monkeypatch, [])
-    assert "the same results; accepted" in accept_same(project, "optimizer")
+    assert "the same results; accepted" in accept_same(project, ["optimizer"])
     assert asked.pop() == "LR = 0.1\n", "compared with another state than the accepted one"
     assert len(asked) > 10
     old, new = (yaml.safe_load(text)["units"] for text in (before, FILE.read_text()))
@@ -225,7 +225,7 @@ def test_accept_same_asks_just_the_runs_that_use_the_unit(params, monkeypatch):
     monkeypatch.setattr(numerics, "accepted_commit", lambda *_: "HEAD")
     monkeypatch.setattr(numerics, "_write", lambda *_: None)
     asked = stand_in(monkeypatch, [])
-    accept_same(params, "deeplabv3")
+    accept_same(params, ["deeplabv3"])
     assert asked.pop()
     assert {params.run_info(run)["model"] for run in asked} == {"deeplabv3"}
     assert len(asked) == 2
@@ -235,10 +235,11 @@ def test_accept_same_needs_a_committed_state(project):
     write("LR = 0.2\n")
     FILE.write_text(FILE.read_text().replace(load_numerics()["units"]["optimizer"]["digest"], "0" * 16))
     with pytest.raises(UsageError, match="no commit has the accepted digest of 'optimizer'"):
-        accept_same(project, "optimizer")
+        accept_same(project, ["optimizer"])
 
 
 def test_accept_changed_raises_the_version_and_counts_the_cost(project, monkeypatch):
+    monkeypatch.setattr(plan, "device_name", lambda: "a device")
     write("LR = 0.2\n")
     said = accept_changed(project, "optimizer", 'a "larger" step: twice')
     assert said.startswith(
@@ -253,9 +254,26 @@ def test_accept_changed_raises_the_version_and_counts_the_cost(project, monkeypa
     assert accept_changed(project, "optimizer", "again") == "optimizer: nothing to accept"
 
 
+def test_accept_takes_several_units_at_once(project, monkeypatch):
+    Path("mscs/metrics.py").write_text("ABSENT = 0\n")
+    FILE.write_text(
+        FILE.read_text().replace(NUMERICS["units"]["metrics"]["digest"], digest(["mscs/metrics.py"]))
+    )
+    commit()
+    before = load_numerics()["units"]
+    write("LR = 0.2\n")
+    Path("mscs/metrics.py").write_text("ABSENT = 1\n")
+    asked = stand_in(monkeypatch, [])
+    said = accept_same(project, ["optimizer", "metrics"])
+    assert said.startswith("optimizer, metrics: ")
+    assert len(asked) == len(set(asked)), "one commit has both, so each run is trained once"
+    after = load_numerics()["units"]
+    assert {unit for unit in after if after[unit] != before[unit]} == {"optimizer", "metrics"}
+
+
 def test_accept_knows_its_units(project):
     with pytest.raises(UsageError, match="unknown unit 'optimiser'; did you mean 'optimizer'"):
-        accept_same(project, "optimiser")
+        accept_same(project, ["optimiser"])
 
 
 def test_packages_are_accepted_beside_those_of_before_or_instead(project, monkeypatch):
@@ -264,13 +282,14 @@ def test_packages_are_accepted_beside_those_of_before_or_instead(project, monkey
     other = {name: ["0.1"] for name in accepted}
     FILE.write_text(text.replace(json.dumps(accepted["timm"]), '["0.1"]'))
     with pytest.raises(UsageError, match="packages --same needs --python PATH"):
-        accept_same(project, "packages")
+        accept_same(project, ["packages"])
     (Path("mscs") / "optim.py").touch()
     stand_in(monkeypatch, [])
-    accept_same(project, "packages", python="/an/older/python")
+    accept_same(project, ["packages"], python="/an/older/python")
     here = numerics.installed_packages(accepted)
     assert load_numerics()["units"]["packages"]["accepted"]["timm"] == ["0.1", here["timm"]]
     assert load_numerics()["units"]["packages"]["version"] == 1
+    monkeypatch.setattr(plan, "device_name", lambda: "a device")
     monkeypatch.setattr(numerics, "installed_packages", lambda names: dict.fromkeys(names, "9.9"))
     accept_changed(project, "packages", "new timm")
     assert load_numerics()["units"]["packages"] == {
