@@ -48,7 +48,7 @@ SHORT = {
 IMAGES = {"--train": 8, "--val": 2}
 
 DRIVER = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, runpy, sys, traceback
 outcomes = []
 for arguments in json.load(sys.stdin):
     sys.argv = arguments
@@ -58,6 +58,9 @@ for arguments in json.load(sys.stdin):
             runpy.run_module(arguments[0], run_name="__main__")
         except SystemExit as stop:
             code = stop.code or 0
+        except Exception:
+            code = 1
+            traceback.print_exc()
     outcomes.append([code, out.getvalue(), err.getvalue()])
 json.dump(outcomes, sys.stdout)
 """
@@ -109,7 +112,7 @@ class Tree:
             check=False,
         )
         if done.returncode:
-            raise MscsError(f"{self.source}: commands ended with an exception: {done.stderr.strip()}")
+            raise MscsError(f"{self.source}: commands could not be run: {done.stderr.strip()}")
         outcomes = [(code, out, err.strip()) for code, out, err in json.loads(done.stdout)]
         for command, (code, _, err) in zip(commands, outcomes, strict=True):
             if code and not refusals:

@@ -72,8 +72,11 @@ def test_a_tree_keeps_its_results_apart_and_runs_its_own_code(tmp_path):
             3,
             0,
         ]
-        with pytest.raises(MscsError, match="ended with an exception"):
-            tree.run(folder, [["mscs", "x"]], refusals=True)
+        [(code, _, err)] = tree.run(folder, [["mscs", "x"]], refusals=True)
+        assert code == 1
+        assert err.splitlines()[-1].startswith("ValueError: invalid literal for int()")
+        with pytest.raises(MscsError, match="could not be run"):
+            Tree(tmp_path, python="false").run(folder, [["mscs", "0"]])
     assert not folder.exists()
 
 
