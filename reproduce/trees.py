@@ -168,7 +168,7 @@ def tables(tree: Tree, results: Path) -> dict[str, str]:
         return {path.name: path.read_text() for path in sorted((target / "tables").iterdir())}
 
 
-def refusals(tree: Tree) -> dict[str, list[Any]]:
+def refusals(tree: Tree) -> dict[str, str]:
     """Return exit code and last line on stderr for each of the listed mistakes."""
     lines = yaml.safe_load(LISTS.read_text())["mistakes"]
     with tree.folder() as folder:
@@ -181,7 +181,8 @@ def refusals(tree: Tree) -> dict[str, list[Any]]:
         scenes = "mscs data synth cityscapes --root scenes --train 1 --val 1 --size 64 128"
         tree.run(folder, [scenes.split(" ")])
         outcomes = tree.run(folder, [line.split(" ") for line in lines], refusals=True)
-        answers = [[code, err.rpartition("\n")[2].replace(str(folder), ".")] for code, _, err in outcomes]
+        answers = [f"exit code {code}: {(err.splitlines() or [''])[-1]}" for code, _, err in outcomes]
+        answers = [text.replace(str(folder), ".") for text in answers]
     return dict(zip(lines, answers, strict=True))
 
 
@@ -261,7 +262,8 @@ def compare_trees(revision: str, runs: Sequence[str] | None) -> tuple[list[Findi
     intended = dict.fromkeys(yaml.safe_load(LISTS.read_text())["intended"] or {}, 0)
     unexpected = []
     for finding in findings:
-        pattern = next((entry for entry in intended if fnmatchcase(finding.where, entry)), None)
+        place = finding.where
+        pattern = next((entry for entry in intended if fnmatchcase(place, entry.replace("[", "[[]"))), None)
         if pattern is None:
             unexpected.append(finding)
         else:
