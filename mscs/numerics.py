@@ -6,7 +6,6 @@ when its results change. A run's identity holds these versions, never files or d
 
 import importlib.metadata
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ PACKAGES = "packages"
 """The unit of the installed packages, which has accepted versions instead of a digest."""
 
 
-@cache
 def load_numerics(path: Path = FILE) -> dict[str, Any]:
     """Return numerics.yaml as it stands; UsageError where it is missing or broken."""
     try:

@@ -9,6 +9,7 @@ kept, so that `mscs show` can say where a number comes from.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class Params:
         for family in ("profiles", "recipes"):
             for name, overlay in _mapping(document[family], f"{path}: {family}").items():
                 self._check_overlay(overlay, f"{family}.{name}")
+
+    @cached_property
+    def _numerics(self) -> Mapping[str, Any]:
+        return load_numerics(Path(self._path).with_name(NUMERICS.name))
 
     @property
     def profiles(self) -> tuple[str, ...]:
@@ -151,8 +156,7 @@ class Params:
         sources |= {"profile": "params.yaml, profile", "recipe": f"{recipe_source}: {self.about(recipe)}"}
         where = f"{self._path}: run {run}"
         _complete(values, sources, overrides, where)
-        numerics = load_numerics(Path(self._path).with_name(NUMERICS.name))
-        values["numerics"] = {phase: versions(values, phase, numerics) for phase in PHASES}
+        values["numerics"] = {phase: versions(values, phase, self._numerics) for phase in PHASES}
         sources["numerics"] = f"{NUMERICS}: versions of the code that the run uses"
         return Resolved(from_flat(Settings, values, where), values, sources)
 

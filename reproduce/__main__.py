@@ -81,6 +81,24 @@ def _add_pipeline(commands: _Commands) -> None:
     commands.add(
         "pipeline", _pipeline, "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
     )
+    _add_numerics(commands)
+
+
+def _add_numerics(commands: _Commands) -> None:
+    accept = commands.add("accept", _accept, "record a changed unit of the code in numerics.yaml")
+    accept.add_argument("unit", metavar="UNIT", nargs="+", help="a unit of numerics.yaml, or packages")
+    how = accept.add_mutually_exclusive_group(required=True)
+    how.add_argument("--same", action="store_true", help="if short trainings agree with the accepted state")
+    how.add_argument("--changed", metavar="WHY", help="raise its version: runs that use it are stale")
+    accept.add_argument(
+        "--python", metavar="PATH", help="for packages --same: an interpreter with the accepted packages"
+    )
+    text = "compare trainings, settings, tables and refusals of a commit with the working tree"
+    trees = commands.add("compare-trees", _compare_trees, text)
+    trees.add_argument("revision", metavar="REV", help="commit, branch or tag")
+    trees.add_argument(
+        "--cases", nargs="+", metavar="RUN", help="train these runs and compare nothing else (default: all)"
+    )
 
 
 def _add_results(commands: _Commands) -> None:
@@ -305,6 +323,27 @@ def _compare(args: argparse.Namespace) -> None:
     if args.html:
         write_text(args.html, as_html(document))
     print(json.dumps(document, indent=1) if args.json else as_text(document))
+
+
+def _accept(args: argparse.Namespace) -> None:
+    from reproduce.numerics import accept_changed, accept_same
+
+    params = load_params()
+    if args.same:
+        print(accept_same(params, args.unit, args.python))
+        return
+    for unit in args.unit:
+        print(accept_changed(params, unit, args.changed))
+
+
+def _compare_trees(args: argparse.Namespace) -> int:
+    from reproduce.trees import compare_trees
+
+    unexpected, intended = compare_trees(args.revision, args.cases)
+    for pattern, count in intended.items():
+        print(f"{pattern}: {count} differences on purpose")
+    print(*unexpected, f"{len(unexpected)} differences that are not on purpose", sep="\n")
+    return int(bool(unexpected))
 
 
 def _memory(args: argparse.Namespace) -> None:

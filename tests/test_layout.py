@@ -10,7 +10,7 @@ import pytest
 LAYERS = [
     {"errors", "seeding", "distributed", "metrics", "results", "provenance"},
     {"datasets", "transforms", "models", "losses", "optim"},
-    {"params", "loader", "checkpoint", "inference", "predictions"},
+    {"params", "numerics", "loader", "checkpoint", "inference", "predictions"},
     {"engine", "doctor"},
     {"evaluation", "trackers"},
     {"cli"},

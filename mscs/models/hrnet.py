@@ -1,17 +1,10 @@
 """HRNet's segmentation head: all branches at the finest stride, concatenated, two convolutions."""
 
-import torch
 from torch import Tensor
 
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
-from mscs.models.layers import FCNHead, resize
-
-
-def concatenate(features: list[Tensor], align_corners: bool) -> Tensor:
-    """Return all feature maps resized to the first one's size and concatenated, (B, sum of C, h, w)."""
-    size = features[0].shape[-2:]
-    return torch.cat([resize(x, size, align_corners) for x in features], dim=1)
+from mscs.models.layers import FCNHead, concatenate
 
 
 class HRNet(SegmentationModel):

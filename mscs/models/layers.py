@@ -12,6 +12,12 @@ def resize(x: Tensor, size: tuple[int, int] | torch.Size, align_corners: bool) -
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
+def concatenate(features: list[Tensor], align_corners: bool) -> Tensor:
+    """Return all feature maps resized to the first one's size and concatenated, (B, sum of C, h, w)."""
+    size = features[0].shape[-2:]
+    return torch.cat([resize(x, size, align_corners) for x in features], dim=1)
+
+
 def conv_norm_relu(
     inputs: int, outputs: int, kernel: int = 1, *, dilation: int = 1, bias: bool = False, eps: float = 1e-5
 ) -> nn.Sequential:

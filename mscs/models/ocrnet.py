@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
-from mscs.models.hrnet import concatenate
-from mscs.models.layers import FCNHead, conv_norm_relu
+from mscs.models.layers import FCNHead, concatenate, conv_norm_relu
 
 
 def gather_classes(pixels: Tensor, logits: Tensor) -> Tensor:

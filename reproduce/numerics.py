@@ -1,0 +1,272 @@
+"""What numerics.yaml records of the code: digests of its units, and how a changed one is accepted.
+
+A digest is a hash over the node types and fields of a unit's syntax trees. Positions, comments, docstrings
+and texts for people (the arguments of `raise`, `warnings.warn`, `print` and logging) are no part of it; all
+other strings, constants and annotations are. Python 3.11 to 3.14 give the same digest.
+"""
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mscs.errors import MscsError, UsageError, unknown_name
+from mscs.numerics import FILE, PACKAGES, installed_packages, load_numerics, units_of
+from mscs.params import Params, to_plain
+from mscs.results import write_text
+from reproduce import trees
+
+MESSAGES = re.compile(r"print|warnings\.warn|logg(er|ing)\.(debug|info|warning|error|exception|critical)")
+DATA_FILES = ".json"
+SHOWN = 10
+
+Reader = Callable[[str], str]
+
+
+def digest(files: Iterable[str], read: Reader | None = None) -> str:
+    """Return a unit's digest, 16 hex digits; names and order of its files do not count.
+
+    Python files count by syntax tree, JSON files by content. `read` gives a file's text (default: from disk).
+    """
+    read = read or (lambda path: Path(path).read_text())
+    hashes = sorted(_hash(_content(path, read(path))) for path in files)
+    return _hash(hashes)[:16]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _content(path: str, text: str) -> Any:
+    return json.loads(text) if path.endswith(DATA_FILES) else canonical(ast.parse(text))
+
+
+def canonical(node: Any) -> Any:
+    """Return a syntax tree as nested lists that are the same on every supported Python.
+
+    Empty fields are left out: newer versions have more of them (`type_params` since 3.12).
+    """
+    if isinstance(node, list):
+        return [canonical(item) for item in node if not _is_docstring(item)]
+    if isinstance(node, ast.Constant):  # its field `kind` (u"...") says nothing; ascii() never changes
+        return ["Constant", type(node.value).__name__, ascii(node.value)]
+    if not isinstance(node, ast.AST):
+        return node
+    if isinstance(node, ast.JoinedStr):
+        return ["JoinedStr", _pieces(node.values)]
+    fields = dict(ast.iter_fields(node))
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        fields["exc"] = node.exc.func
+    elif isinstance(node, ast.Call) and MESSAGES.fullmatch(ast.unparse(node.func)):
+        fields = {"func": node.func}
+    return [type(node).__name__, [[k, canonical(v)] for k, v in fields.items() if v is not None and v != []]]
+
+
+def _is_docstring(node: Any) -> bool:
+    """Return whether a statement is a bare string: a docstring of a module, class, function or field."""
+    text = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(text, ast.Constant) and isinstance(text.value, str)
+
+
+def _pieces(values: list[ast.expr]) -> list[Any]:
+    """Return the parts of an f-string; literal neighbours, which Pythons split differently, are joined."""
+    parts: list[Any] = []
+    for value in values:
+        text = value.value if isinstance(value, ast.Constant) else None
+        if not isinstance(text, str):
+            parts.append(canonical(value))
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += text
+        elif text:
+            parts.append(text)
+    return parts
+
+
+def reached(entries: Iterable[str], root: Path = Path()) -> set[str]:
+    """Return the files of `mscs` that the `entries` import, directly or not, and the data beside them.
+
+    Packages count, but their imports are not followed: a name imported from a package leads to the module
+    that the package takes it from, so that a lazy package does not stand for all of its modules.
+    """
+    seen: set[Path] = set()
+    waiting = [root / entry for entry in entries]
+    while waiting:
+        path = waiting.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        if path.name != "__init__.py":
+            waiting += _imported(path, root)
+    for folder in {path.parent for path in seen}:
+        seen |= {*folder.glob("__init__.py"), *folder.glob(f"*{DATA_FILES}")}
+    return {str(path.relative_to(root)) for path in seen}
+
+
+def _imported(path: Path, root: Path) -> list[Path]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found += [_home(name, root) for name in names if name.startswith("mscs.")]
+    return [path for path in found if path is not None]
+
+
+def _home(name: str, root: Path) -> Path | None:
+    """Return the file of a module, or of the one that a package takes `name` from; None for others."""
+    path = root.joinpath(*name.split("."))
+    if path.is_dir():
+        return path / "__init__.py"
+    if path.with_suffix(".py").exists():
+        return path.with_suffix(".py")
+    package = path.parent / "__init__.py"
+    for node in ast.walk(ast.parse(package.read_text())) if package.exists() else ():
+        if isinstance(node, ast.ImportFrom) and node.module and path.name in {a.name for a in node.names}:
+            return _home(node.module, root)
+    return None
+
+
+def moved(numerics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the present digests of the units that no longer have the accepted one."""
+    present = {unit: digest(files) for unit, files in numerics["files"].items()}
+    return {unit: new for unit, new in present.items() if numerics["units"][unit]["digest"] != new}
+
+
+def remedy(unit: str) -> str:
+    """Return what to do about a moved digest."""
+    return (
+        f"the code of unit {unit!r} changed. If its results are the same: python -m reproduce accept {unit} "
+        f'--same; if they changed on purpose: python -m reproduce accept {unit} --changed "why"'
+    )
+
+
+def accept_same(params: Params, units: Sequence[str], python: str | None = None) -> str:
+    """Accept the present state of units if their short trainings agree with the accepted state.
+
+    Returns what was done. `python` is an interpreter with the accepted packages, which `packages` needs.
+    """
+    numerics = load_numerics()
+    states = {unit: _states(numerics, unit) for unit in units}
+    changed = {unit: state for unit, state in states.items() if state[0] != state[1]}
+    if not changed:
+        return f"{', '.join(units)}: nothing to accept"
+    flat = {run: to_plain(params.resolve(run, trees.PROFILE).settings) for run in params.runs}
+    runs = trees.cases({run: s for run, s in flat.items() if _all_units(s) & changed.keys()})
+    findings, here = [], trees.Tree(Path.cwd())
+    if PACKAGES in changed:
+        findings += trees.compare_trainings((trees.Tree(Path.cwd(), _other(python)), here), runs)
+        old, new = changed[PACKAGES]
+        changed[PACKAGES] = old, {k: [*old[k], *(v for v in new[k] if v not in old[k])] for k in new}
+    commits = {accepted_commit(unit, old) for unit, (old, _) in changed.items() if unit != PACKAGES}
+    for commit in sorted(commits):
+        with trees.checkout(commit) as source:
+            findings += trees.compare_trainings((trees.Tree(source), here), runs)
+    named = ", ".join(changed)
+    if findings:
+        raise MscsError(
+            "\n".join(map(str, findings[:SHOWN]))
+            + f"\n{named}: {len(findings)} differences, nothing was accepted. If they are on purpose: "
+            'python -m reproduce accept UNIT --changed "why", a commit for each unit'
+        )
+    for unit, (_, new) in changed.items():
+        _write(numerics, unit, new)
+    return f"{named}: {len(runs)} short trainings on the CPU gave the same results; accepted"
+
+
+def _other(python: str | None) -> str:
+    if python is None:
+        raise UsageError(
+            f"{PACKAGES} --same needs --python PATH, an interpreter that has the accepted packages: its "
+            'trainings are compared with those of this one. Without one there is --changed "why"'
+        )
+    return python
+
+
+def _all_units(settings: Mapping[str, Any]) -> set[str]:
+    return {unit for units in units_of(settings).values() for unit in units}
+
+
+def accept_changed(params: Params, unit: str, why: str) -> str:
+    """Raise a unit's version; return which runs of the present profile that makes stale, and their cost."""
+    from reproduce import plan
+
+    numerics = load_numerics()
+    old, new = _states(numerics, unit)
+    if old == new:
+        return f"{unit}: nothing to accept"
+    entry = numerics["units"][unit]
+    entry |= {"version": entry["version"] + 1, "why": why}
+    _write(numerics, unit, new)
+    uses = {run: units_of(to_plain(params.resolve(run).settings)) for run in params.runs}
+    retrained = [run for run, phases in uses.items() if unit in phases["train"]]
+    rescored = [run for run, phases in uses.items() if unit in phases["evaluate"]]
+    if not retrained:
+        what = f"these runs are evaluated again, none is trained again: {', '.join(rescored)}"
+    else:
+        device = plan.device_name()
+        costs = plan.text(plan.document(plan.costs(params, retrained, device), device, 1))
+        what = f"{len(retrained)} runs are trained and evaluated again\n{costs}"
+    return f"{unit} is at version {entry['version']}; in profile {params.profile} {what}"
+
+
+def accepted_commit(unit: str, accepted: str) -> str:
+    """Return the newest commit whose code has the digest `accepted` for `unit`."""
+    for commit in trees.git("rev-list", "HEAD", "--", str(FILE), "mscs").split():
+        try:
+            files = yaml.safe_load(_committed(commit, str(FILE)))["files"][unit]
+            if digest(files, partial(_committed, commit)) == accepted:
+                return commit
+        except (MscsError, KeyError):
+            break  # older than numerics.yaml or the unit
+    raise UsageError(
+        f"no commit has the accepted digest of {unit!r} ({accepted}): commit the state that was accepted, or "
+        f'use python -m reproduce accept {unit} --changed "why"'
+    )
+
+
+def _committed(commit: str, path: str) -> str:
+    return trees.git("show", f"{commit}:./{path}")
+
+
+def _states(numerics: Mapping[str, Any], unit: str) -> tuple[Any, Any]:
+    """Return the accepted and the present state of a unit: digests, or for `packages` lists of versions."""
+    if unit not in numerics["units"]:
+        raise UsageError(unknown_name("unit", unit, numerics["units"]))
+    if unit != PACKAGES:
+        return numerics["units"][unit]["digest"], digest(numerics["files"][unit])
+    accepted = numerics["units"][unit]["accepted"]
+    installed = installed_packages(accepted)
+    missing = [name for name, version in installed.items() if version is None]
+    if missing:
+        raise UsageError(f"{missing[0]} is not installed, so there is nothing to accept; run make setup")
+    known = all(installed[name] in accepted[name] for name in accepted)
+    return accepted, accepted if known else {name: [version] for name, version in installed.items()}
+
+
+def _write(numerics: Mapping[str, Any], unit: str, state: Any) -> None:
+    """Replace a unit's line in numerics.yaml and nothing else, comments included."""
+    entry = numerics["units"][unit]
+    entry |= {"accepted" if unit == PACKAGES else "digest": state}
+    shown = ", ".join(f"{key}: {_flow(value)}" for key, value in entry.items())
+    text, changes = re.subn(
+        rf"^  {unit}: \{{version.*$", lambda _: f"  {unit}: {{{shown}}}", FILE.read_text(), flags=re.MULTILINE
+    )
+    if changes != 1:
+        raise MscsError(
+            f"{FILE}: unit {unit!r} has {changes} lines `  {unit}: {{version: ...}}`, expected one"
+        )
+    write_text(FILE, text)
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {json.dumps(item)}" for key, item in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
