@@ -18,7 +18,7 @@ import yaml
 
 from mscs.errors import MscsError, UsageError, unknown_name
 from mscs.numerics import FILE, PACKAGES, installed_packages, load_numerics, units_of
-from mscs.params import Params, to_plain
+from mscs.params import Params
 from mscs.results import write_text
 from reproduce import trees
 
@@ -158,7 +158,7 @@ def accept_same(params: Params, units: Sequence[str], python: str | None = None)
     changed = {unit: state for unit, state in states.items() if state[0] != state[1]}
     if not changed:
         return f"{', '.join(units)}: nothing to accept"
-    flat = {run: to_plain(params.resolve(run, trees.PROFILE).settings) for run in params.runs}
+    flat = {run: params.resolve(run, trees.PROFILE).values for run in params.runs}
     runs = trees.cases({run: s for run, s in flat.items() if _all_units(s) & changed.keys()})
     findings, here = [], trees.Tree(Path.cwd())
     if PACKAGES in changed:
@@ -205,7 +205,7 @@ def accept_changed(params: Params, unit: str, why: str) -> str:
     entry = numerics["units"][unit]
     entry |= {"version": entry["version"] + 1, "why": why}
     _write(numerics, unit, new)
-    uses = {run: units_of(to_plain(params.resolve(run).settings)) for run in params.runs}
+    uses = {run: units_of(params.resolve(run).values) for run in params.runs}
     retrained = [run for run, phases in uses.items() if unit in phases["train"]]
     rescored = [run for run, phases in uses.items() if unit in phases["evaluate"]]
     if not retrained:

@@ -43,9 +43,12 @@ SHORT = {
     "threads": 1,
     "seeds": "[0]",
     "evaluation": "[ss,ms]",
+    "train_images": 8,
+    "val_images": 2,
 }
 """Settings of a short training and its evaluation."""
-IMAGES = {"--train": 8, "--val": 2}
+IMAGES = {"--train": SHORT["train_images"], "--val": SHORT["val_images"]}
+PARAMS = "reference.yaml"
 
 DRIVER = """
 import contextlib, io, json, runpy, sys, traceback
@@ -203,15 +206,17 @@ def cases(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return chosen
 
 
-def short_training(tree: Tree, run: str, data: Path) -> dict[str, Any]:
-    """Train and evaluate one run for a few steps; return all that it wrote except times."""
+def short_training(tree: Tree, run: str, data: Path, params: str) -> dict[str, Any]:
+    """Train and evaluate one run of `params` for a few steps; return all that it wrote except times."""
     from safetensors.numpy import load_file
 
-    options = ["--profile", PROFILE, "--data-root", str(data), "--device", "cpu"]
+    options = ["--params", PARAMS, "--profile", PROFILE, "--data-root", str(data), "--device", "cpu"]
     options += [text for key, value in SHORT.items() for text in ("--set", f"{key}={value}")]
     with tree.folder() as folder:
+        (folder / PARAMS).write_text(params)
         tree.run(folder, [["mscs", verb, run, *options] for verb in ("train", "evaluate")])
-        [results] = (folder / "results" / PROFILE / "runs").iterdir()
+        [scores] = (folder / "results" / PROFILE / "runs").rglob("evaluation.json")
+        results = scores.parent
         [weights] = (folder / "work" / PROFILE / "runs").glob("*/weights/*.safetensors")
         with (results / "losses.csv").open() as file:
             losses = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
@@ -223,8 +228,10 @@ def short_training(tree: Tree, run: str, data: Path) -> dict[str, Any]:
 def compare_trainings(pair: tuple[Tree, Tree], runs: Sequence[str] | None = None) -> list[Finding]:
     """Return where the short trainings of `runs` (default: `cases`) differ between two trees.
 
-    Data are drawn once, by the first tree: generated scenes may change without touching the numerics.
+    Data are drawn once, and params.yaml is taken from the first tree: generated scenes and profile mini may
+    change without touching the numerics.
     """
+    params = (pair[0].source / "params.yaml").read_text()
     settings = shown(pair[0], "--profile", PROFILE)
     runs = cases(settings) if runs is None else runs
     findings: list[Finding] = []
@@ -239,7 +246,7 @@ def compare_trainings(pair: tuple[Tree, Tree], runs: Sequence[str] | None = None
                 command = ["mscs", "data", "synth", root.name, "--root", str(root), *counts, *size]
                 with pair[0].folder() as folder:
                     pair[0].run(folder, [command])
-            found = _differences_of(pair, partial(short_training, run=run, data=root), run)
+            found = _differences_of(pair, partial(short_training, run=run, data=root, params=params), run)
             print(f"{number}/{len(runs)} {run}: {len(found)} differences", file=sys.stderr, flush=True)
             findings += found
     return findings

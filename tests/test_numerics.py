@@ -6,7 +6,6 @@ import pytest
 
 from mscs.errors import UsageError
 from mscs.numerics import check_packages, installed_packages, load_numerics, units_of, versions
-from mscs.params import to_plain
 
 NUMERICS = load_numerics(Path(__file__).parent.parent / "numerics.yaml")
 
@@ -14,7 +13,7 @@ NUMERICS = load_numerics(Path(__file__).parent.parent / "numerics.yaml")
 @pytest.mark.parametrize("profile", ["mini", "paper"])
 def test_every_run_uses_units_that_exist(params, profile):
     for run in params.runs:
-        settings = to_plain(params.resolve(run, profile).settings)
+        settings = params.resolve(run, profile).values
         for phase, units in units_of(settings).items():
             assert len(set(units)) == len(units)
             assert versions(settings, phase, NUMERICS) == {u: NUMERICS["units"][u]["version"] for u in units}
@@ -22,7 +21,7 @@ def test_every_run_uses_units_that_exist(params, profile):
         assert ("contrastive" in train) == settings["contrastive"]
         networks = {"hrnet", "ocrnet", "deeplabv3", "upernet"}
         assert networks & set(train) == networks & set(units_of(settings)["evaluate"]) == {settings["model"]}
-    used = {unit for run in params.runs for unit in _all(to_plain(params.resolve(run).settings))}
+    used = {unit for run in params.runs for unit in _all(params.resolve(run).values)}
     assert used == set(NUMERICS["units"])
 
 

@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 from mscs.errors import MscsError, UsageError
-from mscs.params import to_plain
 from reproduce import trees
 from reproduce.__main__ import main
 from reproduce.trees import Finding, Tree, cases, compare_trees, differences
@@ -43,7 +42,7 @@ def test_arrays_may_differ_by_rounding_of_their_largest_entry():
 
 
 def test_cases_are_one_run_per_kind_and_show_every_dataset(params):
-    settings = {run: to_plain(params.resolve(run, "mini").settings) for run in params.runs}
+    settings = {run: params.resolve(run, "mini").values for run in params.runs}
     chosen = cases(settings)
     kinds = [
         tuple(settings[run][key] for key in ("model", "loss", "projector", "optimizer")) for run in chosen
