@@ -53,6 +53,8 @@ Side = Annotated[Int, Field(ge=16)]
 Weight = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Ratio = Annotated[Float, Field(ge=0.01, le=100)]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
+"""Of what becomes part of paths and commands."""
 
 
 class Block(BaseModel):

@@ -6,6 +6,7 @@ overlay, then the profile's, then `--set` from the command line. For every value
 kept, so that `mscs show` can say where a number comes from.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +27,7 @@ PAPER_GROUPS = 4
 """Every row of the supplement was trained on four GPUs: unless said otherwise a batch is four groups."""
 
 OUR_CHOICE = "our choice"
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 BLOCKS = ("datasets", "models", "losses", "schedules")
 OWNERS = {"datasets": (Data, Evaluation), "models": (Model,), "losses": (Loss,), "schedules": (Schedule,)}
@@ -63,8 +65,10 @@ class Params:
         missing = [name for name in SECTIONS if name not in document]
         if missing:
             raise UsageError(f"{path}: missing section {missing[0]!r}; needed: {', '.join(SECTIONS)}")
+        for section in ("profiles", "recipes", *BLOCKS, "runs"):
+            _check_names(_mapping(document[section], f"{path}: {section}"), f"{path}: {section}")
         for name in ("profile", "recipe"):
-            _choice(name, document[name], _mapping(document[f"{name}s"], f"{path}: {name}s"), path)
+            _choice(name, document[name], document[f"{name}s"], path)
         self._document = document
         self.profile: str = document["profile"]
         self.recipe: str = document["recipe"]
@@ -239,16 +243,14 @@ class Params:
 
     def _check_run(self, run: str, entry: Any) -> None:
         where = f"{self._path}: runs.{run}"
-        if not isinstance(run, str):
-            raise UsageError(f"{where}: a run's id is text, <dataset>-<model>-<variant>")
         self._check_keys(entry, f"runs.{run}", also=set(NAMES.values()))
         for block, key in NAMES.items():
             if key not in entry:
                 raise UsageError(f"{where}: missing key {key!r} (names an entry of {block})")
             _choice(f"{key}", entry[key], self._document[block], where)
-        if "." in run or not run.startswith(f"{entry['dataset']}-{entry['model']}-"):
+        if not run.startswith(f"{entry['dataset']}-{entry['model']}-"):
             raise UsageError(
-                f"{where}: a run's id is <dataset>-<model>-<variant> without dots, "
+                f"{where}: a run's id is <dataset>-<model>-<variant>, "
                 f"here '{entry['dataset']}-{entry['model']}-...'"
             )
 
@@ -310,6 +312,13 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise UsageError(f"{where}: expected a mapping of names to values, found {value!r}")
     return value
+
+
+def _check_names(found: Mapping[Any, Any], where: str) -> None:
+    """Refuse names that could mean something to a shell or lead out of a folder."""
+    for name in found:
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise UsageError(f"{where}: found the name {name!r}; accepted are letters, digits, _ and -")
 
 
 def _known(found: Mapping[str, Any], accepted: Any, where: str, kind: str) -> None:

@@ -20,6 +20,7 @@ from mscs.blocks import (
     Float,
     Index,
     Int,
+    Name,
     Ratio,
     Share,
     Side,
@@ -141,7 +142,7 @@ class Loss(Block):
     """What is added to the cross-entropy: one block per loss on embeddings, None where a run does without."""
 
     affects = TRAIN
-    name: str = Field(alias="loss")
+    name: Name = Field(alias="loss")
     projector: Literal["backbone", "fpn", "concat"] | None
     contrastive: Contrastive | None
 
@@ -196,7 +197,7 @@ class Schedule(Block):
     """One row of the supplement's Tables 4 to 7: crop, optimizer, learning rate, batch, steps."""
 
     affects = TRAIN
-    name: Annotated[str, NOTHING] = Field(alias="schedule")
+    name: Annotated[Name, NOTHING] = Field(alias="schedule")
     crop_size: tuple[Side, Side]
     optimizer: Sgd | AdamW | Adam
     lr: Weight
@@ -233,10 +234,10 @@ class Settings(Block):
     `numerics` holds the versions of the code units that the run uses (see numerics.yaml), by phase.
     """
 
-    run: str
-    profile: str
-    recipe: Annotated[str, NOTHING]
-    variant: Annotated[str, NOTHING]
+    run: Name
+    profile: Name
+    recipe: Annotated[Name, NOTHING]
+    variant: Annotated[Name, NOTHING]
     seeds: Annotated[tuple[Index, ...], NOTHING]
     numerics: Annotated[Mapping[str, Mapping[str, int]], NOTHING]
     data: Data

@@ -85,9 +85,12 @@ class Pipeline:
         row_stages = {"data": _data(others), **self._jobs(rows)}
         for stage in row_stages.values():
             stage["wdir"] = "../.."
+        for stage in (*root.values(), *row_stages.values()):
+            # as it is: DVC would put a value of params.yaml into a shell command unchecked
+            stage["matrix"] = {"profile": [self.params.profile], **stage["matrix"]}
         return {
             ROOT_FILE: {"stages": root, "plots": [self._loss_plot(default)]},
-            ROWS_FILE: {"vars": ["../../params.yaml:profile"], "stages": row_stages},
+            ROWS_FILE: {"stages": row_stages},
         }
 
     def write(self) -> None:
@@ -147,7 +150,9 @@ class Pipeline:
         return [f"{RESULTS}/data/{dataset}.json" for dataset in self.datasets(runs)]
 
     def _loss_plot(self, runs: list[str]) -> dict[str, Any]:
-        curves = {path.replace(PROFILE, "${profile}"): "loss" for path in self._results(runs, "losses.csv")}
+        curves = {
+            path.replace(PROFILE, self.params.profile): "loss" for path in self._results(runs, "losses.csv")
+        }
         return {"losses": {"template": "linear", "title": "loss", "x": "step", "y": curves}}
 
     def _table(self, table: str) -> dict[str, Any]:
@@ -218,7 +223,7 @@ def _weights(run: str, seed: int | str) -> str:
 
 def _stage(verb: str, *axes: str, deps: list[str], **fields: Any) -> dict[str, Any]:
     return {
-        "matrix": {"profile": ["${profile}"]},
+        "matrix": {},
         "cmd": " ".join(["reproduce/stage", verb, PROFILE, *axes]),
         "deps": sorted(deps),
         **fields,
