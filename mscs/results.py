@@ -6,10 +6,22 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mscs.errors import MscsError
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """Return `folder / name` for a name that came from outside; MscsError unless that lies in `folder`.
+
+    Accepted are relative paths with "/" between printable names; "..", "\\" and ":" are refused.
+    """
+    path = PurePosixPath(name)
+    plain = name.isprintable() and not any(character in name for character in "\\:")
+    if not plain or not path.parts or path.is_absolute() or ".." in path.parts:
+        raise MscsError(f"{name!r} points outside of {folder} or is no plain file name; refused")
+    return Path(folder, path)
 
 
 @contextmanager

@@ -1,39 +1,36 @@
 """Unpack zip and tar archives that may be broken or hostile.
 
-Only plain files and folders are written, only below the target folder, and no more bytes than plausible. An
-archive is unpacked beside its destination and moved there when complete, so that a half-unpacked dataset is
-never taken for a whole one.
+Only plain files are written, only below the target folder, each once, and no more bytes than plausible. The
+standard library writes them; what it would silently repair or skip is refused here.
 """
 
+import bz2
+import errno
 import gzip
 import lzma
-import os
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from mscs.datasets.download import disk_errors, require_space
 from mscs.errors import MscsError
+from mscs.results import inside
 
-CHUNK = 1 << 20
-BROKEN = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    zlib.error,
-    EOFError,
-    RuntimeError,  # encrypted zip
-    NotImplementedError,  # unknown compression
-)
+MIN_FREE_AFTER = 64 << 20  # bytes that a download or an archive must leave free
+LONGEST_READ = 1 << 20  # tarfile reads contents in smaller pieces, but a header of any size at once
+DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+
+
+class BrokenArchive(MscsError):
+    """The archive is at fault: broken, hostile, or not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -46,120 +43,128 @@ class Limits:
     slack: int = 64 << 20
     """Unpacked bytes that are allowed in any case."""
 
-    def max_bytes(self, archive: Path) -> int:
-        """Return how many bytes `archive` may unpack to."""
-        return self.slack + self.ratio * archive.stat().st_size
 
-
-@dataclass(frozen=True)
-class Member:
-    """One plain file in an archive."""
-
+class _Member(NamedTuple):
     name: str
     size: int
-    file: IO[bytes]
+    is_folder: bool
+    is_file: bool
+    write: Callable[[], Any]
+
+
+class _TarStream:
+    """The uncompressed bytes of a tar file, at most `allowed` of them and in bounded pieces."""
+
+    def __init__(self, path: Path, allowed: int) -> None:
+        with path.open("rb") as file:
+            opener = DECOMPRESSORS.get(file.read(2), open)
+        self.file, self.left = opener(path, "rb"), allowed
+        self.seek, self.tell, self.close = self.file.seek, self.file.tell, self.file.close
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= LONGEST_READ:
+            raise MscsError(f"a header of {size} bytes")
+        data: bytes = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise MscsError("it unpacks to more bytes than are plausible (a bomb?)")
+        return data
 
 
 def is_archive(path: Path) -> bool:
     """Tell whether `path` is a zip or tar file."""
-    return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    if not path.is_file():
+        return False
+    try:
+        with closing(_TarStream(path, tarfile.BLOCKSIZE)) as stream:
+            tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except Exception:  # as many kinds as there are compressions
+        return zipfile.is_zipfile(path)
+    return True
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise MscsError unless `needed` bytes and a margin are free in `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + MIN_FREE_AFTER:
+        raise MscsError(
+            f"{folder}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            "Free some space or choose another folder with --root or MSCS_DATA"
+        )
 
 
 def extract(archive: Path, folder: Path, *, limits: Limits | None = None, progress: bool = True) -> None:
     """Unpack `archive` into the new folder `folder`.
 
     Raises:
-        MscsError: broken archive; a member outside the folder, a link or a device; too many files or bytes;
-            no space. Nothing is left behind.
+        BrokenArchive: it cannot be read; a member lies outside the folder, comes twice, is a link or a device;
+            too many files or bytes. Nothing is left behind.
+        MscsError: no space, or another fault of the disk. Nothing is left behind.
     """
-    limits = limits or Limits()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    require_space(folder, archive.stat().st_size)
     try:
-        with disk_errors(folder):
-            _write_members(archive, folder, limits, progress)
-    except BROKEN as error:
+        _write_members(archive, folder, limits or Limits(), progress)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise MscsError(f"{archive}: broken archive ({error}). Remove it and fetch again") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, MscsError):
+            raise BrokenArchive(f"{archive}: refused, {error}") from error
+        if isinstance(error, OSError) and error.errno:
+            raise MscsError(f"{folder}: cannot write ({error.strerror})") from error
+        if isinstance(error, Exception):  # as many kinds as there are formats
+            raise BrokenArchive(
+                f"{archive}: broken archive ({error!r}). Remove it and fetch again"
+            ) from error
         raise
 
 
 def _write_members(archive: Path, folder: Path, limits: Limits, progress: bool) -> None:
-    allowed = limits.max_bytes(archive)
-    require_space(folder, archive.stat().st_size)
-    is_zip = zipfile.is_zipfile(archive)
-    members = _zip_members(archive, folder, allowed) if is_zip else _tar_members(archive)
-    members = tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None if progress else True)
-    written = 0
-    for count, member in enumerate(members):
-        if count >= limits.num_files:
-            raise MscsError(f"{archive}: refused, more than {limits.num_files} files")
-        target = folder / _safe_name(archive, member.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size = 0
-        with target.open("wb") as out:
-            while chunk := member.file.read(CHUNK):
-                size += len(chunk)
-                if written + size > allowed:
-                    raise MscsError(f"{archive}: refused, unpacks to more than {allowed} bytes (a bomb?)")
-                out.write(chunk)
-        if size != member.size:
-            raise MscsError(f"{archive}: broken archive, {member.name} has {size} of {member.size} bytes")
-        written += size
+    left = limits.slack + limits.ratio * archive.stat().st_size
+    members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
+    seen: set[PurePosixPath] = set()
+    quiet = None if progress else True  # None: no bar where the output is no terminal
+    for member in tqdm(
+        members(archive, folder, left), f"unpacking {archive.name}", unit="file", disable=quiet
+    ):
+        path, left = PurePosixPath(member.name), left - member.size
+        if member.is_folder and not path.parts:
+            continue  # "./"
+        inside(folder, member.name)
+        if member.is_folder:
+            continue
+        if not member.is_file:
+            raise MscsError(f"{member.name!r} is a link or a device")
+        if path in seen:
+            raise MscsError(f"{member.name!r} is in it twice")
+        seen.add(path)
+        if len(seen) > limits.num_files:
+            raise MscsError(f"more than {limits.num_files} files")
+        if left < 0:
+            raise MscsError("it unpacks to more bytes than are plausible (a bomb?)")
+        member.write()
 
 
-def _zip_members(archive: Path, folder: Path, allowed: int) -> Iterator[Member]:
+def _zip_members(archive: Path, folder: Path, allowed: int) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as file:
-        infos = file.infolist()
-        total = sum(info.file_size for info in infos)
+        total = sum(info.file_size for info in file.infolist())
         if total > allowed:
-            raise MscsError(f"{archive}: refused, announces {total} bytes, {allowed} are plausible (a bomb?)")
-        require_space(folder, total)
-        for info in infos:
-            mode = stat.S_IFMT(info.external_attr >> 16)
-            if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise MscsError(f"{archive}: refused, {info.filename} is a link or a device")
-            if info.is_dir():
-                _safe_name(archive, info.filename)
-                continue
-            with file.open(info) as content:
-                yield Member(info.filename, info.file_size, content)
+            raise MscsError(f"it announces {total} bytes, {allowed} are plausible (a bomb?)")
+        if shutil.disk_usage(folder).free < total + MIN_FREE_AFTER:
+            raise OSError(errno.ENOSPC, f"{total} bytes do not fit on the disk")
+        for info in file.infolist():
+            plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+            write = partial(file.extract, info, folder)
+            yield _Member(info.filename, info.file_size, info.is_dir(), plain, write)
 
 
-def _tar_members(archive: Path) -> Iterator[Member]:
-    with tarfile.open(archive) as file:
-        for info in file:
-            if info.isdir():
-                _safe_name(archive, info.name, allow_top=True)
-                continue
-            content = file.extractfile(info) if info.isreg() else None
-            if content is None:
-                raise MscsError(f"{archive}: refused, {info.name} is a link or a device")
-            yield Member(info.name, info.size, content)
-        while file.fileobj and file.fileobj.read(CHUNK):
-            pass  # the checksum of a compressed tar is at its very end
-
-
-def _safe_name(archive: Path, name: str, allow_top: bool = False) -> PurePosixPath:
-    """Return the relative path of a member, or raise if it could leave the folder."""
-    path = PurePosixPath(name)
-    inside = not path.is_absolute() and ".." not in path.parts and (path.parts or allow_top)
-    if not inside or "\\" in name or ":" in name or "\0" in name:
-        raise MscsError(f"{archive}: refused, {name!r} points outside the folder")
-    return path
-
-
-def move_into(source: Path, target: Path) -> None:
-    """Move a finished file or folder to `target`, replacing what is there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    elif target.is_dir():
-        old = source.with_name(source.name + ".replaced")
-        os.replace(target, old)
-        os.replace(source, target)
-        shutil.rmtree(old)
-        return
-    os.replace(source, target)
+def _tar_members(archive: Path, folder: Path, allowed: int) -> Iterator[_Member]:
+    with closing(_TarStream(archive, allowed)) as stream:
+        with tarfile.open(fileobj=stream, mode="r:") as file:  # type: ignore[call-overload]
+            while (info := file.next()) is not None:
+                file.members.clear()  # tarfile keeps every member that it has seen
+                write = partial(file.extract, info, folder, filter="data")
+                yield _Member(info.name, info.size, info.isdir(), info.isreg(), write)
+        while chunk := stream.read(LONGEST_READ):  # the checksum of a compressed tar is at its very end
+            if chunk.strip(b"\0"):
+                raise ValueError("unreadable members")

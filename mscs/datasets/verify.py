@@ -5,21 +5,26 @@ result, and in the pipeline the manifest is what stages depend on, never the ima
 """
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from mscs.datasets.base import MANIFEST, Dataset, Entry, check_sizes, decode_image, decode_label, read_bytes
-from mscs.datasets.build import build_dataset
-from mscs.datasets.labels import GENERATED, label_set
+from mscs.datasets.base import (
+    MANIFEST,
+    Dataset,
+    build_dataset,
+    check_sizes,
+    decode_image,
+    decode_label,
+    in_parallel,
+    read_bytes,
+)
+from mscs.datasets.registry import dataset_spec
+from mscs.datasets.spec import GENERATED, Entry
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_json, write_json
 
@@ -59,7 +64,7 @@ def verify(
     """Check counts, decode every image and label, compare sizes, look for unknown label values.
 
     Args:
-        name: cityscapes, ade20k, pascal_context or cadis.
+        name: one of `DATASETS`.
         root: the dataset's root folder; `manifest.json` is written into it when all is well
             and the folder can be written to.
         task: CaDIS only; does not change the outcome.
@@ -71,13 +76,13 @@ def verify(
     """
     marker = root / GENERATED
     generated = read_json(marker) if marker.is_file() else None
-    expected = (
-        {split: generated[split] for split in ("train", "val")} if generated else label_set(name).split_counts
-    )
+    expected = {s: generated[s] for s in ("train", "val")} if generated else dict(dataset_spec(name).splits)
     datasets, problems = _open_splits(name, root, task, expected)
     files: dict[str, str] = {}
     entries = [(dataset, entry) for dataset in datasets for entry in dataset.entries]
-    for lines, problem in _in_parallel(entries, workers, f"verifying {name}", progress):
+    for lines, problem in in_parallel(
+        _check, entries, f"verifying {name}", workers=workers, progress=progress
+    ):
         files |= lines
         problems += problem
     listing = [files[path] for path in sorted(files)]
@@ -91,6 +96,52 @@ def verify(
     if not problems and os.access(root, os.W_OK):  # data may be mounted read-only
         write_json(root / MANIFEST, found)
     return Report(found, problems)
+
+
+def read_manifest(name: str, root: Path) -> dict[str, Any]:
+    """Return the manifest in `root`; UsageError if there is none, MscsError if it is damaged."""
+    path = root / MANIFEST
+    again = f"Run `mscs data verify {name} --root {root}`"
+    if not path.is_file():
+        raise UsageError(f"{path}: not there. {again} first")
+    found = read_json(path)
+    try:
+        sound = found["dataset"] == name and found["digest"] == _digest(found["files"])
+        sound = sound and all(count > 0 for count in found["splits"].values())
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise MscsError(f"{path}: damaged, or of another dataset than {name}. {again}")
+    return found
+
+
+def check_manifest(name: str, root: Path) -> str:
+    """Compare the files in `root` with its manifest, by name and size; return the manifest's digest.
+
+    Fast enough to run before every training: no file is read.
+
+    Raises:
+        UsageError: no manifest.
+        MscsError: files are missing, were added, or have another size.
+    """
+    found = read_manifest(name, root)
+    sizes = {path: int(size) for _, size, path in (line.split(" ", 2) for line in found["files"])}
+    listed: set[str] = set()
+    for split in found["splits"]:
+        for entry in dataset_spec(name).open_index(split, root).entries:
+            listed |= {entry.image, entry.label}
+    problems = [f"{root / path}: not in the manifest" for path in sorted(listed - sizes.keys())]
+    for path, size in sizes.items():
+        file = root / path
+        actual = file.stat().st_size if path in listed and file.is_file() else None
+        if actual != size:
+            problems.append(f"{file}: {'missing' if actual is None else f'{actual} bytes, not {size}'}")
+    if problems:
+        raise MscsError(
+            f"{root}: {len(problems)} files do not fit {MANIFEST}, such as {problems[0]}. Fetch the dataset "
+            f"again, or run `mscs data verify {name} --root {root}` if it was changed on purpose"
+        )
+    return found["digest"]
 
 
 def _open_splits(
@@ -118,21 +169,9 @@ def _open_splits(
     return datasets, problems
 
 
-def _in_parallel(
-    entries: list[tuple[Dataset, Entry]], workers: int | None, text: str, progress: bool
-) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Yield `_check` of every entry, in order."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        jobs = [pool.submit(_check, *entry) for entry in entries]
-        try:
-            for job in tqdm(jobs, desc=text, disable=None if progress else True):
-                yield job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest
-
-
-def _check(dataset: Dataset, entry: Entry) -> tuple[dict[str, str], list[str]]:
+def _check(item: tuple[Dataset, Entry]) -> tuple[dict[str, str], list[str]]:
     """Return the manifest lines of a sample's files by path, and what is wrong with them."""
+    dataset, entry = item
     lines, decoded, problems = {}, [], []
     for path, decode in ((entry.image, decode_image), (entry.label, decode_label)):
         try:
@@ -158,7 +197,5 @@ def _values(label: np.ndarray) -> frozenset[int]:
     return frozenset(np.flatnonzero(counts).tolist())
 
 
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256(
-        "".join(itertools.chain.from_iterable((line, "\n") for line in lines)).encode()
-    ).hexdigest()
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
