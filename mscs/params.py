@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from mscs.datasets.registry import DatasetName
 from mscs.errors import UsageError, unknown_name
 from mscs.models.options import MODEL_OPTIONS
 
@@ -75,7 +76,7 @@ class Settings:
     schedule: str = _setting("", "info")
     seeds: tuple[int, ...] = _engine("both", (0, None))
 
-    dataset: Literal["cityscapes", "ade20k", "pascal_context", "cadis"] = _dataset("both")
+    dataset: DatasetName = _dataset("both")  # noqa: RUF009
     task: int | None = _dataset("both", (1, 3))
     data_source: Literal["real", "generated"] = _dataset("both")
     skip_wrong_labels: bool = _dataset("both")

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mscs.datasets.fetch import SOURCES
-from mscs.datasets.labels import label_set
+from mscs.datasets import DATASETS
 from mscs.params import Params, to_plain
 from mscs.results import read_json, write_text
 from reproduce import ledger
@@ -29,7 +28,7 @@ def write_cards(params: Params, results: Results) -> list[Path]:
     folder = results.root / "cards"
     runs = [run for run in params.runs if results.evaluation(run)]
     texts = {f"model-{run}": model_card(run, params, results) for run in runs}
-    manifests = {name: results.root / "data" / f"{name}.json" for name in SOURCES}
+    manifests = {name: results.root / "data" / f"{name}.json" for name in DATASETS}
     texts |= {
         f"data-{name}": data_card(name, read_json(path), results.stamp)
         for name, path in manifests.items()
@@ -73,13 +72,15 @@ def model_card(run: str, params: Params, results: Results) -> str:
 def data_card(name: str, manifest: Mapping[str, Any], stamp: str) -> str:
     """Return the card of one dataset from its manifest: splits, classes, terms."""
     kind = "Generated scenes in the layout of" if manifest["generated"] else "The published"
-    source, official = SOURCES[name], label_set(name).split_counts
-    splits = [[split, count, official.get(split, "")] for split, count in manifest["splits"].items()]
-    tasks = (1, 2, 3) if name == "cadis" else (None,)
+    spec = DATASETS[name]
+    splits = [[split, count, spec.splits.get(split, "")] for split, count in manifest["splits"].items()]
     classes = [
-        [f"{name}, task {task}" if task else name, chosen.num_classes, ", ".join(chosen.classes)]
-        for task in tasks
-        for chosen in (label_set(name, task),)
+        [
+            f"{name}, task {labels.task}" if labels.task else name,
+            labels.num_classes,
+            ", ".join(labels.classes),
+        ]
+        for labels in spec.label_sets
     ]
     facts = [["digest of all files", manifest["digest"]]]
     if "colour_miou" in manifest:
@@ -87,7 +88,7 @@ def data_card(name: str, manifest: Mapping[str, Any], stamp: str) -> str:
     blocks = [
         f"# Data card: {name}",
         f"*{stamp}*",
-        f"{kind} {name}. Terms of the published dataset: {source.licence}. Home: <{source.home}>.",
+        f"{kind} {name}. Terms of the published dataset: {spec.licence}. Home: <{spec.home}>.",
         *_table(["split", "images here", "images published"], splits),
         *_table(["labels", "classes", "names"], classes),
         *_table(["fact", "value"], facts),

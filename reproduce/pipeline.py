@@ -10,20 +10,19 @@ from typing import Any
 
 import yaml
 
+from mscs.datasets import DATASETS as DATASETS
 from mscs.params import Params
 from mscs.results import write_text
 from reproduce.cells import TABLES, cells, table_runs
 
 ROOT_FILE = Path("dvc.yaml")
 ROWS_FILE = Path("reproduce/rows/dvc.yaml")
-DATASETS = ("cityscapes", "ade20k", "pascal_context", "cadis")
 TSNE_RUNS = ("cityscapes-upernet-r101-ce", "cityscapes-upernet-r101-ours")
 FIGURE_RUNS = {
     "fig2": ("ade20k-upernet-swins-ce", "ade20k-upernet-swins-ours"),
     "fig3": ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours"),
     "fig4": ("cadis-ocrnet-r50-ce", "cadis-ocrnet-r50-ours"),
 }
-LABELS = "mscs/datasets/labels.json"
 PROFILE = "${item.profile}"
 RESOLVED = f"results/{PROFILE}/resolved.json"
 HEADER = """\
@@ -63,7 +62,7 @@ def imports_of(*modules: str) -> list[str]:
         if path.name != "__init__.py":
             open_modules += _imported(ast.parse(path.read_text()))
     files = {str(module_path(module)) for module in seen}
-    return sorted(files | ({LABELS} if "mscs/datasets/labels.py" in files else set()))
+    return sorted(files)
 
 
 def module_path(module: str) -> Path:

@@ -26,7 +26,11 @@ from mscs.results import inside
 
 MIN_FREE_AFTER = 64 << 20  # bytes that a download or an archive must leave free
 LONGEST_READ = 1 << 20  # tarfile reads contents in smaller pieces, but a header of any size at once
-DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZ": bz2.open,
+    b"\xfd7": lzma.open,
+}
 
 
 class BrokenArchive(MscsError):
@@ -97,8 +101,8 @@ def extract(archive: Path, folder: Path, *, limits: Limits | None = None, progre
     """Unpack `archive` into the new folder `folder`.
 
     Raises:
-        BrokenArchive: it cannot be read; a member lies outside the folder, comes twice, is a link or a device;
-            too many files or bytes. Nothing is left behind.
+        BrokenArchive: it cannot be read; a member lies outside the folder, comes twice, is a link or a
+            device; too many files or bytes. Nothing is left behind.
         MscsError: no space, or another fault of the disk. Nothing is left behind.
     """
     shutil.rmtree(folder, ignore_errors=True)

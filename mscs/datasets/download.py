@@ -4,6 +4,7 @@ import getpass
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,9 +63,9 @@ class _Checked:
         self.flush = file.flush
 
     def look_at(self, response: requests.Response, **_: Any) -> None:
-        """Raise MscsError for an answer that asking again will not mend; wait as long as a busy server asks."""
+        """Raise MscsError for an answer that asking again will not mend; wait while a server is busy."""
         status, length = response.status_code, response.headers.get("Content-Length", "")
-        if status == requests.codes.too_many_requests or status >= requests.codes.server_error:
+        if status == 429 or status >= 500:
             wait = response.headers.get("Retry-After", "")
             time.sleep(min(int(wait), LONGEST_PAUSE_S) if wait.isdecimal() else 0)
         elif not response.is_redirect:
@@ -147,12 +148,28 @@ def _log_in(session: requests.Session) -> None:
 
 def _look_at_cityscapes(response: requests.Response, partial: Path) -> None:
     """Keep out of the partial file what does not belong behind its last byte."""
-    if "file-handling" not in response.url or not response.ok:
+    if "file-handling" not in response.url:
         return
     refuse_page(response)
-    have = partial.stat().st_size
-    if response.status_code == requests.codes.ok:
-        os.truncate(partial, 0)  # the whole file comes; the downloader appends
-    elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+    have, status = partial.stat().st_size, response.status_code
+    place = response.headers.get("Content-Range", "")
+    if status == requests.codes.requested_range_not_satisfiable:
+        # All of it is there, only its MD5 was not compared yet: have the last byte sent once more.
+        total = place.rpartition("/")[2]
+        os.truncate(partial, int(total) - 1 if total.isdecimal() and 0 < int(total) <= have else 0)
+    elif status == requests.codes.partial_content and not place.startswith(f"bytes {have}-"):
         raise MscsError(f"{partial.name}: the server does not go on at byte {have}. Try again later")
-    require_space(partial.parent, int(response.headers.get("Content-Length", 0)))
+    elif response.ok:
+        starts_over = status == requests.codes.ok
+        length = int(response.headers.get("Content-Length", 0))
+        require_space(partial.parent, length - have if starts_over else length)
+        if starts_over:
+            os.truncate(partial, 0)  # the downloader appends
+        chunks = response.iter_content
+
+        def while_space_is_left(**options: Any) -> Iterator[bytes]:
+            for chunk in chunks(**options):
+                require_space(partial.parent, len(chunk))
+                yield chunk
+
+        response.iter_content = while_space_is_left  # type: ignore[assignment]

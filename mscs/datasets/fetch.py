@@ -113,7 +113,7 @@ def _matches(base: Path, parts: Sequence[Part]) -> list[Path]:
 
 
 def _install(spec: Spec, root: Path, found: Sequence[Path], put: Callable[[Path, Path], Any]) -> list[str]:
-    """Bring complete parts to their places: `put(new, found)` makes `new` a link to or takes what was found."""
+    """Bring complete parts to their places; `put(new, found)` makes `new` of what was found."""
     ready, old = root / STAGING / "ready", root / STAGING / "old"
     try:
         for folder in (ready, old):

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mscs.datasets.base import Dataset
-from mscs.datasets.labels import IGNORE_INDEX
+from mscs.datasets.spec import IGNORE_INDEX
 from mscs.errors import UsageError
 from mscs.results import atomic_path
 
