@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mscs.datasets.archive import BrokenArchive, extract, is_archive
+from mscs.datasets.archive import BrokenArchive, extract
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED, Part, Spec
 from mscs.errors import MscsError, UsageError
@@ -23,13 +23,14 @@ from mscs.results import read_json, write_json
 DOWNLOADS = ".downloads"
 STAGING = ".unpacking"
 RECORD = "digests.json"
-WRAPPER_DEPTH = 2  # archives and folders may wrap the layout in that many more folders
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+WRAPPERS = ("", "*/", "*/*/")  # archives and folders may wrap the layout in that many more folders
 
 
 def fetch(
     name: str, root: Path, *, given: Path | None = None, keep_archives: bool = False, progress: bool = True
 ) -> list[str]:
-    """Bring dataset `name` into `root` and return the names of the parts that were added.
+    """Bring dataset `name` into `root` and return the names of the files and folders that were added.
 
     A second process that asks for the same root waits for the first.
 
@@ -45,17 +46,13 @@ def fetch(
         UsageError: nothing usable at `given`; the dataset cannot be downloaded without it.
         MscsError: download or archive failed, or has fewer files than published.
     """
-    spec = dataset_spec(name)
+    spec, downloads = dataset_spec(name), root / DOWNLOADS
     if (root / GENERATED).exists():
         raise UsageError(f"{root} holds generated scenes. Remove that folder, or choose another with --root")
-    downloads = root / DOWNLOADS
     downloads.mkdir(parents=True, exist_ok=True)
-    with _alone(downloads / "lock"):
-        shutil.rmtree(root / STAGING, ignore_errors=True)
-        for stale in downloads.glob("tmp*"):  # of a killed download
-            stale.unlink()
+    added: list[str] = []
+    with _alone(root):
         missing = [part for part in spec.parts if part.shortage(root)]
-        added: list[str] = []
         if given is not None and not all(part.optional for part in missing):
             added = _take_given(spec, root, missing, given.expanduser().resolve(), progress)
         elif given is None:
@@ -64,23 +61,30 @@ def fetch(
                     with contextlib.suppress(*[MscsError] if part.optional else []):
                         added += _download_part(spec, root, part, progress)
         if not keep_archives:
-            for path in filter(is_archive, downloads.iterdir()):
+            for path in _archives(downloads):
                 path.unlink()
         for part in spec.parts:
             if not part.optional and (shortage := part.shortage(root)):
-                raise UsageError(f"{name}: {root} is still incomplete: {shortage}. {_accepted(spec)}")
+                raise UsageError(f"{name}: {given or root} has {shortage}. {_accepted(spec)}")
     return added
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def _alone(root: Path) -> Iterator[None]:
+    """Let one process at a time work in `root`, and leave nothing half-done there."""
+    with (root / DOWNLOADS / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another fetch into {path.parent.parent}", file=sys.stderr)
+            print(f"waiting for another fetch into {root}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            for stale in (root / DOWNLOADS).glob("tmp*"):  # of a killed download
+                stale.unlink()
+            shutil.rmtree(root / STAGING, ignore_errors=True)
+            yield
+        finally:
+            shutil.rmtree(root / STAGING, ignore_errors=True)
 
 
 def _accepted(spec: Spec) -> str:
@@ -88,14 +92,18 @@ def _accepted(spec: Spec) -> str:
     return f"Point --from at the official archive, or at a folder with {names}"
 
 
+def _archives(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.endswith(ARCHIVES))
+
+
 def _take_given(spec: Spec, root: Path, parts: Sequence[Part], given: Path, progress: bool) -> list[str]:
     if not given.exists():
         raise UsageError(f"{spec.name}: --from {given} does not exist")
     if given.is_dir() and (found := _matches(given, parts)):
         return _install(spec, root, found, Path.symlink_to)
-    archives = [path for path in (sorted(given.iterdir()) if given.is_dir() else [given]) if is_archive(path)]
+    archives = _archives(given) if given.is_dir() else [given]
     if not archives:
-        raise UsageError(f"{spec.name}: {given} is no archive (zip, tar). {_accepted(spec)}")
+        raise UsageError(f"{spec.name}: {given} holds no archive ({', '.join(ARCHIVES)}). {_accepted(spec)}")
     return [name for archive in archives for name in _unpack(spec, root, archive, progress)]
 
 
@@ -103,32 +111,26 @@ def _matches(base: Path, parts: Sequence[Part]) -> list[Path]:
     """Return what fits the parts: `base` itself, or what lies in it or a few folders below."""
     if any(base.match(part.pattern) for part in parts):
         return [base]
-    found: set[Path] = set()
-    for part in parts:
-        for depth in range(WRAPPER_DEPTH + 1):
-            if paths := list(base.glob("*/" * depth + part.pattern)):
-                found.update(paths)
-                break
+    levels = ([list(base.glob(wrapper + part.pattern)) for wrapper in WRAPPERS] for part in parts)
+    found = {path for level in levels for path in next(filter(None, level), [])}
     return sorted(found, key=lambda path: (-len(path.parts), path))  # what lies in another match goes first
 
 
 def _install(spec: Spec, root: Path, found: Sequence[Path], put: Callable[[Path, Path], Any]) -> list[str]:
     """Bring complete parts to their places; `put(new, found)` makes `new` of what was found."""
     ready, old = root / STAGING / "ready", root / STAGING / "old"
-    try:
-        for folder in (ready, old):
-            folder.mkdir(parents=True, exist_ok=True)
-        for path in found:
-            put(ready / path.name, path)
-        for part in spec.parts:
-            if any(ready.glob(part.pattern)) and (shortage := part.shortage(ready)):
-                raise BrokenArchive(f"{spec.name}: not all of it is there: {shortage}. {_accepted(spec)}")
-        for path in found:
-            if (root / path.name).is_symlink() or (root / path.name).exists():
-                os.replace(root / path.name, old / path.name)
-            os.replace(ready / path.name, root / path.name)
-    finally:
-        shutil.rmtree(root / STAGING)
+    for folder in (ready, old):
+        folder.mkdir(parents=True)
+    for path in found:
+        put(ready / path.name, path)
+    for part in spec.parts:
+        if any(ready.glob(part.pattern)) and (shortage := part.shortage(ready)):
+            raise BrokenArchive(f"{spec.name}: not all of it is there, {shortage}. {_accepted(spec)}")
+    for path in found:
+        if os.path.lexists(root / path.name):
+            os.replace(root / path.name, old / path.name)
+        os.replace(ready / path.name, root / path.name)
+    shutil.rmtree(root / STAGING)
     return [path.name for path in found]
 
 
@@ -139,7 +141,6 @@ def _unpack(spec: Spec, root: Path, archive: Path, progress: bool) -> list[str]:
 
 
 def _download_part(spec: Spec, root: Path, part: Part, progress: bool) -> list[str]:
-    folder = root / DOWNLOADS
     if not part.url and not part.package:
         raise UsageError(
             f"{spec.name} is given out after registration: get the archive at {spec.home} and run "
@@ -147,24 +148,24 @@ def _download_part(spec: Spec, root: Path, part: Part, progress: bool) -> list[s
         )
     from mscs.datasets.download import cityscapes_package, download
 
+    folder = root / DOWNLOADS
     if part.package:
         return _unpack(spec, root, cityscapes_package(part.package, folder), progress)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
     if not isinstance(record, dict):
         raise MscsError(f"{folder / RECORD} holds no table of checksums; remove it")
     archive = download(part, folder, part.checksum or record.get(part.url), progress)
-    with archive.open("rb") as file:
-        digest = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    if archive.name == part.pattern:  # a list of names; what is in it is looked at when it is used
+        return _install(spec, root, [archive], lambda new, found: os.replace(found, new))
     try:
-        if archive.name == part.pattern:
-            added = _install(spec, root, [archive], lambda new, found: os.replace(found, new))
-        else:
-            added = _unpack(spec, root, archive, progress)
+        added = _unpack(spec, root, archive, progress)
         if shortage := part.shortage(root):
             raise BrokenArchive(f"{part.url}: not what it should be, {shortage}")
     except BrokenArchive:
-        archive.unlink(missing_ok=True)
+        archive.unlink()
         raise
     # Only now: a login page or an error page must not become the file that all later ones are compared with.
-    write_json(folder / RECORD, record | {part.url: digest})
+    with archive.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    write_json(folder / RECORD, record | {part.url: f"sha256:{digest}"})
     return added

@@ -130,12 +130,13 @@ def check_manifest(name: str, root: Path) -> str:
     for split in found["splits"]:
         for entry in dataset_spec(name).open_index(split, root).entries:
             listed |= {entry.image, entry.label}
-    problems = [f"{root / path}: not in the manifest" for path in sorted(listed - sizes.keys())]
+    problems = []
     for path, size in sizes.items():
-        file = root / path
-        actual = file.stat().st_size if path in listed and file.is_file() else None
+        actual = (root / path).stat().st_size if (root / path).is_file() else None
         if actual != size:
-            problems.append(f"{file}: {'missing' if actual is None else f'{actual} bytes, not {size}'}")
+            problems.append(f"{path}: {'missing' if actual is None else f'{actual} bytes, not {size}'}")
+    problems += [f"{path}: not in the manifest" for path in sorted(listed - sizes.keys())]
+    problems += [f"{path}: in the manifest, but in no split" for path in sorted(sizes.keys() - listed)]
     if problems:
         raise MscsError(
             f"{root}: {len(problems)} files do not fit {MANIFEST}, such as {problems[0]}. Fetch the dataset "

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import struct
 
 import cv2
 import numpy as np
@@ -13,28 +14,13 @@ from PIL import Image
 
 from mscs.datasets import DATASETS, build_dataset, label_set
 from mscs.datasets.commands import add_data_commands, default_root
-from mscs.datasets.prepare import build_cache, cache_bytes, context_lookup, convert_pascal_context
+from mscs.datasets.pascal_context import context_lookup, convert_labels
+from mscs.datasets.prepare import build_cache, cache_bytes
 from mscs.datasets.show import contact_sheet
-from mscs.datasets.verify import manifest, verify
+from mscs.datasets.verify import check_manifest, manifest, verify
 from mscs.errors import MscsError, UsageError
 
 COUNTS = {"train": 3, "val": 2}
-
-
-@pytest.fixture
-def small(make_tree, monkeypatch):
-    """`small(name)` writes a complete tree, the official counts being those of the tree."""
-    from mscs.datasets import labels
-
-    facts = json.loads(json.dumps(labels._facts()))
-
-    def make(name):
-        counts = COUNTS | ({"test": 1} if "test" in label_set(name).splits else {})
-        facts[name]["split_counts"] = counts
-        monkeypatch.setattr(labels, "_facts", lambda: facts)
-        return make_tree(name, counts)
-
-    return make
 
 
 def check(name, root):
@@ -45,7 +31,7 @@ def check(name, root):
 def test_manifest(name, small):
     root = small(name)
     found = manifest(name, root, progress=False)
-    assert found["splits"] == label_set(name).split_counts
+    assert found["splits"] == DATASETS[name].splits
     assert not found["generated"]
     files = {}
     for line in found["files"]:
@@ -87,6 +73,58 @@ def test_all_problems_are_reported(small):
     assert not (root / "manifest.json").exists()
     with pytest.raises(MscsError, match=r"3 problems\n.*cannot be decoded"):
         manifest("ade20k", root, progress=False)
+
+
+def test_a_header_that_claims_too_much_is_one_problem_of_many(small):
+    root = small("cityscapes")
+    first, second = (root / entry.image for entry in build_dataset("cityscapes", "train", root).entries[:2])
+    first.write_bytes(first.read_bytes()[:16] + struct.pack(">II", 65500, 65500) + first.read_bytes()[24:])
+    second.write_bytes(b"")
+    problems = check("cityscapes", root).problems
+    assert [problem.partition(":")[0] for problem in problems] == [str(first), str(second)]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_training_data_must_fit_the_manifest(name, small):
+    root = small(name)
+    with pytest.raises(UsageError, match=f"mscs data verify {name}"):
+        check_manifest(name, root)
+    digest = manifest(name, root, progress=False)["digest"]
+    assert check_manifest(name, root) == digest
+    image = root / build_dataset(name, "train", root).entries[0].image
+    data = image.read_bytes()
+    image.write_bytes(data[:-1])
+    with pytest.raises(MscsError, match=rf"files do not fit.*{image.name}: {len(data) - 1} bytes, not"):
+        check_manifest(name, root)
+    image.unlink()
+    with pytest.raises(MscsError, match=rf"{image.name}: missing"):
+        check_manifest(name, root)
+    image.write_bytes(data)
+    manifest_file = root / "manifest.json"
+    whole = manifest_file.read_text()
+    for damaged in (whole.replace(digest, "0" * 64), "[]", '{"dataset": 1}', whole[:-9]):
+        manifest_file.write_text(damaged)
+        with pytest.raises(MscsError, match=r"manifest\.json"):
+            check_manifest(name, root)
+
+
+def test_files_that_were_added_do_not_fit_the_manifest(small):
+    root = small("ade20k")
+    manifest("ade20k", root, progress=False)
+    entry = build_dataset("ade20k", "train", root).entries[0]
+    for path in (entry.image, entry.label):
+        shutil.copy(root / path, root / path.replace("00000001", "00000009"))
+    with pytest.raises(MscsError, match=r"2 files do not fit.*00000009.*not in the manifest"):
+        check_manifest("ade20k", root)
+
+
+def test_a_changed_list_of_images_does_not_fit_the_manifest(small):
+    root = small("pascal_context")
+    manifest("pascal_context", root, progress=False)
+    path = root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(MscsError, match=r"2 files do not fit.*in no split"):
+        check_manifest("pascal_context", root)
 
 
 def test_wrong_counts_and_missing_splits(small):
@@ -142,7 +180,7 @@ def context(make_tree):
 
 def test_context_is_converted_by_name(context):
     root, names, raws = context
-    assert convert_pascal_context(root, progress=False) == 5
+    assert convert_labels(root, progress=False) == 5
     dataset = build_dataset("pascal_context", "train", root)
     for sample in dataset:
         expected = np.full((24, 40), 255)
@@ -151,7 +189,7 @@ def test_context_is_converted_by_name(context):
             if name in dataset.classes:
                 expected[place] = dataset.classes.index(name)
         assert np.array_equal(sample.label, expected)
-    assert convert_pascal_context(root, progress=False) == 0
+    assert convert_labels(root, progress=False) == 0
 
 
 def test_conversion_goes_on_after_a_broken_file(context):
@@ -160,10 +198,10 @@ def test_conversion_goes_on_after_a_broken_file(context):
     data = path.read_bytes()
     path.write_bytes(data[:100])
     with pytest.raises(MscsError, match=rf"{path.name}: broken annotation"):
-        convert_pascal_context(root, progress=False)
+        convert_labels(root, progress=False)
     assert not (root / "SegmentationClassContext59").exists()
     path.write_bytes(data)
-    assert convert_pascal_context(root, progress=False) == 5
+    assert convert_labels(root, progress=False) == 5
     assert len(build_dataset("pascal_context", "train", root)) == 3
 
 
@@ -189,7 +227,7 @@ def test_cache_gives_the_same_samples(name, small, tmp_path):
     plain = build_dataset(name, "train", root)
     before = [plain[i] for i in range(3)]
     files = build_cache(name, root, tmp_path / "fast disk", progress=False)
-    assert files == 2 * sum(label_set(name).split_counts.values())
+    assert files == 2 * sum(DATASETS[name].splits.values())
     assert sum(p.stat().st_size for p in (tmp_path / "fast disk").rglob("*.npy")) == cache_bytes(name, root)
     cached = build_dataset(name, "train", root)
     for entry in plain.entries:
