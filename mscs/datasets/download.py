@@ -17,7 +17,7 @@ from mscs.errors import MscsError, UsageError
 try:
     import requests
     from cityscapesscripts.download import downloader
-    from pooch import HTTPDownloader, Pooch, hash_matches
+    from pooch import HTTPDownloader, Pooch, file_hash
 except ImportError as error:
     raise UsageError(f"downloads need more packages ({error}): pip install 'mscs[data]'") from error
 
@@ -34,14 +34,14 @@ def download(part: Part, folder: Path, checksum: str | None, progress: bool) -> 
     def receive(url: str, output: str, _pooch: Any) -> None:
         with (
             open(output, "wb") as file,
-            tqdm(desc=name, unit="B", unit_scale=True, disable=not progress) as bar,
+            tqdm(desc=name, total=part.max_bytes, unit="B", unit_scale=True, disable=not progress) as bar,
         ):
             checked = _Checked(file, part)
             headers, hooks = {"Accept-Encoding": "identity"}, {"response": checked.look_at}
             HTTPDownloader(bar, CHUNK, headers=headers, hooks=hooks, timeout=60)(url, checked, None)
         if checked.announced and checked.left:
             raise requests.ConnectionError(f"the connection broke {checked.left} bytes before the end")
-        if checksum and not hash_matches(output, checksum):
+        if checksum and file_hash(output, checksum.split(":")[0]) != checksum.split(":")[1]:
             raise MscsError(
                 f"{url}: wrong checksum, expected {checksum}. Get it elsewhere and use --from PATH"
             )
