@@ -309,13 +309,9 @@ def _observers(args: argparse.Namespace, settings: Settings, work: Path) -> list
 
 def _pretrained_digest(settings: Settings) -> dict[str, str] | None:
     """Return name and SHA-256 of the file that the backbone started from."""
-    if not settings.pretrained:
-        return None
-    from mscs.checkpoint import file_digest
-    from mscs.models import fetch_pretrained
+    from mscs.models.pretrained import pretrained_record
 
-    path = fetch_pretrained(settings.backbone)
-    return {path.name: file_digest(path)}
+    return pretrained_record(settings.backbone, settings.pretrained)
 
 
 def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
