@@ -28,7 +28,7 @@ def resolve(profile: str) -> None:
 def data(profile: str, dataset: str) -> None:
     """Make (mini) or check (paper) one dataset and write its manifest."""
     from mscs.datasets.synth import write_dataset
-    from mscs.datasets.verify import manifest
+    from mscs.datasets.verify import verify
 
     settings = read_json(_resolved(profile))[dataset]
     if settings["data_source"] == "generated":
@@ -42,7 +42,7 @@ def data(profile: str, dataset: str) -> None:
         )
     else:
         root = default_root(dataset)
-    facts = manifest(dataset, root, settings["task"])
+    facts = verify(dataset, root)
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
     if settings["data_source"] == "generated":
         facts["colour_miou"] = _colour_miou(dataset, root, settings["task"])

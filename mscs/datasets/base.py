@@ -1,7 +1,5 @@
 """Read a split of a dataset: `build_dataset` -> `Dataset`, whose items are `Sample`s."""
 
-import functools
-import importlib
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +18,11 @@ from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_json
+
+try:
+    import imagecodecs
+except ImportError:
+    imagecodecs = None  # type: ignore[assignment]
 
 MAX_PIXELS = 1 << 26
 """Of one image, twice the largest in the four datasets; a header that claims more is taken for broken."""
@@ -175,23 +178,14 @@ def _fast_png(data: bytes, is_label: bool) -> np.ndarray | None:
 
     None for what OpenCV must convert or judge: other depths, palettes, transparent pixels, broken files.
     """
-    codecs = _imagecodecs()
-    if codecs is None:
+    if imagecodecs is None:
         return None
     try:
-        image: np.ndarray = codecs.png_decode(data)
-    except codecs.PngError:
+        image: np.ndarray = imagecodecs.png_decode(data)
+    except imagecodecs.PngError:
         return None
     plain = image.ndim == 2 if is_label else image.shape[2:] == (3,)
     return image if plain and image.dtype == np.uint8 else None
-
-
-@functools.cache
-def _imagecodecs() -> Any:
-    try:
-        return importlib.import_module("imagecodecs")
-    except ImportError:
-        return None
 
 
 def check_sizes(image: np.ndarray, label: np.ndarray, path: Path) -> None:
