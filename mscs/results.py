@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mscs.errors import MscsError
@@ -17,11 +17,11 @@ def inside(folder: str | Path, name: str) -> Path:
 
     Accepted are relative paths with "/" between printable names; "..", "\\" and ":" are refused.
     """
-    path = PurePosixPath(name)
-    plain = name.isprintable() and not any(character in name for character in "\\:")
-    if not plain or not path.parts or path.is_absolute() or ".." in path.parts:
+    parts = name.split("/")
+    below = name[:1] != "/" and ".." not in parts and not {*parts} <= {"", "."}
+    if not below or not name.isprintable() or "\\" in name or ":" in name:
         raise MscsError(f"{name!r} points outside of {folder} or is no plain file name; refused")
-    return Path(folder, path)
+    return Path(folder, name)
 
 
 @contextmanager

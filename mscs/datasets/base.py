@@ -82,10 +82,12 @@ class Dataset:
 
     def _read_cached(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         """Map the decoded files into memory: only the pages that a crop touches are read."""
-        image, label = (
-            np.load(f"{self._cache}/{path}.npy", mmap_mode="r") for path in (entry.image, entry.label)
-        )
-        return image.view(np.ndarray), label.view(np.ndarray)
+        files = [f"{self._cache}/{path}.npy" for path in (entry.image, entry.label)]
+        try:
+            image, label = (np.load(file, mmap_mode="r").view(np.ndarray) for file in files)
+        except (OSError, ValueError) as error:
+            raise MscsError(f"{files}: damaged ({error}). Remove {self._cache}") from error
+        return image, label
 
 
 def build_dataset(
@@ -202,13 +204,19 @@ def open_cache(root: Path) -> Path | None:
     index = root / CACHE / "index.json"
     if not index.is_file():
         return None
-    made_from, now = read_json(index)["manifest"], read_json(root / MANIFEST)["digest"]
-    if made_from != now:
+    made_from, now = text_in(index, "manifest"), text_in(root / MANIFEST, "digest")
+    if not now or made_from != now:
         raise UsageError(
             f"{index.parent}: decoded from other files ({made_from[:12]}) than {root / MANIFEST} lists "
             f"({now[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
         )
     return index.parent
+
+
+def text_in(path: Path, key: str) -> str:
+    """Return one text of a JSON file; an empty one if the file is damaged."""
+    found = read_json(path)
+    return str(found.get(key, "")) if isinstance(found, dict) else ""
 
 
 def in_parallel(

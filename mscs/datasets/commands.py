@@ -125,21 +125,20 @@ def _counts(splits: Mapping[str, int]) -> str:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from mscs.results import read_json
-
     root, spec = _root(args), DATASETS[args.dataset]
     print(f"{spec.name}: {spec.home} ({spec.licence})")
     print(f"  images: {_counts(spec.splits)}")
     for labels in spec.label_sets:
         task = f"task {labels.task}, " if labels.task else ""
         print(f"  {task}{labels.num_classes} classes: {', '.join(labels.classes)}")
-    manifest = root / "manifest.json"
     if not root.is_dir():
         print(f"  {root}: not there; `mscs data fetch {args.dataset}` or `mscs data synth {args.dataset}`")
-    elif not manifest.is_file():
+    elif not (root / "manifest.json").is_file():
         print(f"  {root}: not verified yet; `mscs data verify {args.dataset}`")
     else:
-        found = read_json(manifest)
+        from mscs.datasets.verify import read_manifest
+
+        found = read_manifest(args.dataset, root)
         kind = "generated scenes" if found["generated"] else "verified"
         print(f"  {root}: {kind}, {_counts(found['splits'])}, digest {found['digest']}")
         print(f"  cache of decoded images: {'yes' if (root / 'decoded/index.json').is_file() else 'no'}")

@@ -156,7 +156,7 @@ def _look_at_cityscapes(response: requests.Response, partial: Path) -> None:
     if status == requests.codes.requested_range_not_satisfiable:
         # All of it is there, only its MD5 was not compared yet: have the last byte sent once more.
         total = place.rpartition("/")[2]
-        os.truncate(partial, int(total) - 1 if total.isdecimal() and 0 < int(total) <= have else 0)
+        os.truncate(partial, max(0, min(have, int(total) if total.isdecimal() else have) - 1))
     elif status == requests.codes.partial_content and not place.startswith(f"bytes {have}-"):
         raise MscsError(f"{partial.name}: the server does not go on at byte {have}. Try again later")
     elif response.ok:

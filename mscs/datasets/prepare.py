@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from mscs.datasets.archive import require_space
-from mscs.datasets.base import CACHE, decode_image, decode_label, image_size, in_parallel, read_bytes
+from mscs.datasets.base import CACHE, decode_image, decode_label, image_size, in_parallel, read_bytes, text_in
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.verify import read_manifest
 from mscs.errors import MscsError
-from mscs.results import atomic_path, read_json, write_json
+from mscs.results import atomic_path, write_json
 
 NPY_HEADER = 128  # bytes
 
@@ -47,7 +47,7 @@ def build_cache(name: str, root: Path, folder: Path | None = None, *, progress: 
         cache.symlink_to(folder.resolve())
     cache.mkdir(exist_ok=True)
     index = cache / "index.json"
-    if index.is_file() and read_json(index)["manifest"] != manifest["digest"]:
+    if index.is_file() and text_in(index, "manifest") != manifest["digest"]:
         index.unlink()
         for path in cache.iterdir():
             shutil.rmtree(path)

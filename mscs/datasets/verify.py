@@ -117,7 +117,8 @@ def read_manifest(name: str, root: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not there. {again} first")
     found = read_json(path)
     try:
-        sound = found["dataset"] == name and found["digest"] == _digest(found["files"]) and found["splits"]
+        sound = found["dataset"] == name and found["digest"] == _digest(found["files"])
+        sound = sound and bool(found["splits"]) and found["generated"] in (True, False)
     except (KeyError, TypeError):
         sound = False
     if not sound:

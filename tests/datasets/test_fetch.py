@@ -93,6 +93,7 @@ class Server:
                     self.close_connection = True
 
         self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.handle_error = lambda *_: None  # clients hang up on what they refuse
         self.url = f"http://127.0.0.1:{self.httpd.server_port}"
         threading.Thread(target=self.httpd.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -174,16 +175,18 @@ def test_a_busy_server_says_how_long_to_wait(server, tmp_path, pauses):
     [
         0.5,
         503,
+        answer("503 \x1b[2J", b"", Content_Length=0),
         answer(body=b"zz\r\n", Transfer_Encoding="chunked"),
         answer(Content_Length=4_000_000),
         b"junk",
     ],
-    ids=["cut", "busy", "chunks", "short", "junk"],
+    ids=["cut", "busy", "screen", "chunks", "short", "junk"],
 )
 def test_what_stays_broken_leaves_nothing(server, tmp_path, fault):
     server.files["/file.bin"], server.faults["/file.bin"] = DATA, [fault] * 10
-    with pytest.raises(MscsError, match=r"file\.bin: .*gave up after 6 tries"):
+    with pytest.raises(MscsError, match=r"file\.bin: .*gave up after 6 tries") as error:
         get(server, tmp_path)
+    assert str(error.value).isprintable()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,6 +196,7 @@ def test_what_stays_broken_leaves_nothing(server, tmp_path, fault):
         *((status, rf"HTTP {status}.*--from") for status in (401, 403, 404)),
         (answer("206 Partial", Content_Length=len(DATA), Content_Range="bytes 0-2/9"), r"HTTP 206"),
         (answer(Content_Length="abc"), r"announces 'abc' bytes"),
+        (answer(Content_Length="\x1b[2J"), r"announces '\\x1b\[2J' bytes"),
         (answer(Content_Length=-1), r"announces '-1' bytes"),
         (answer(Content_Length=10**9), r"announces '1000000000' bytes"),
         (answer(body=b"<html>", Content_Length=6, Content_Type="text/html"), r"a web page.*login"),

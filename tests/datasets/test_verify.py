@@ -256,6 +256,21 @@ def test_cache_belongs_to_one_manifest(small):
     assert build_dataset("ade20k", "train", root)[0].image.max() == 0
 
 
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"manifest": 1}'])
+def test_a_damaged_index_of_the_cache_is_refused_and_built_again(damage, small):
+    root = small("ade20k")
+    verify("ade20k", root, progress=False)
+    build_cache("ade20k", root, progress=False)
+    (root / "decoded/index.json").write_text(damage)
+    with pytest.raises(UsageError, match="mscs data prepare --cache"):
+        build_dataset("ade20k", "train", root)
+    build_cache("ade20k", root, progress=False)
+    dataset = build_dataset("ade20k", "train", root)
+    next((root / "decoded").rglob("ADE_train_00000001.jpg.npy")).write_bytes(b"\x93NUMPY")
+    with pytest.raises(MscsError, match=r"ADE_train_00000001\.jpg\.npy.*damaged"):
+        dataset[0]
+
+
 def test_cache_refuses_files_that_are_not_in_the_manifest(small):
     root = small("ade20k")
     verify("ade20k", root, progress=False)
