@@ -78,9 +78,9 @@ def fetch_pretrained(name: str) -> Path:
             path = Path(hf_hub_download(**place))
     except Exception as error:  # the client passes on what its transport raises
         raise MscsError(
-            f"cannot download {file} of {cfg.hf_hub_id} from the Hugging Face hub into {weights_folder()}: "
-            f"{str(error).splitlines()[0]}. Without network, copy that folder from a machine that has it, or "
-            "give pretrained the path of a weight file"
+            f"cannot download the weights of {name} ({cfg.hf_hub_id}/{file} of the Hugging Face hub) into "
+            f"{weights_folder()}: {' '.join(str(error).split())[:200]}. Without network, copy that folder "
+            "from a machine that has it, or give pretrained the path of a weight file"
         ) from error
     # The hub's client names a large file after the SHA-256 that the hub states; it compares only sizes.
     expected, found = path.resolve().name, file_sha256(path)

@@ -139,7 +139,7 @@ def test_a_cut_off_download_is_no_file(hub, served):
 @pytest.mark.parametrize("offline", [True, False])
 def test_without_network_the_error_says_what_to_do(offline, hub, cache, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    with pytest.raises(MscsError, match=rf"timm/{TAG} .*{cache}.*give pretrained the path"):
+    with pytest.raises(MscsError, match=rf"timm/{TAG}/model.safetensors .*{cache}.*give pretrained the path"):
         fetch_pretrained(TAG)
     assert bool(hub.requests) is not offline
 
