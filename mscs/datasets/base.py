@@ -61,8 +61,8 @@ class Dataset:
         self.class_weights = labels.class_weights
         self.entries = index.entries
         self.ids = tuple(entry.id for entry in index.entries)
-        self.known_raw_values = index.known_raw_values
-        self._lookup = np.frombuffer(index.lookup, dtype=np.uint8)
+        self.known_raw_values = index.labels.known_raw_values()
+        self._lookup = np.frombuffer(index.labels.lookup(), dtype=np.uint8)
         self._cache = open_cache(root)
 
     def __len__(self) -> int:

@@ -53,18 +53,16 @@ def fetch(
     added: list[str] = []
     with _alone(root):
         missing = [part for part in spec.parts if part.shortage(root)]
-        if given is not None and not all(part.optional for part in missing):
+        if given is not None and missing:
             added = _take_given(spec, root, missing, given.expanduser().resolve(), progress)
-        elif given is None:
-            for part in missing:
-                if part.shortage(root):  # else an earlier archive has brought it
-                    with contextlib.suppress(*[MscsError] if part.optional else []):
-                        added += _download_part(spec, root, part, progress)
+        for part in missing if given is None else ():
+            if part.shortage(root):  # else an earlier archive has brought it
+                added += _download_part(spec, root, part, progress)
         if not keep_archives:
             for path in _archives(downloads):
                 path.unlink()
         for part in spec.parts:
-            if not part.optional and (shortage := part.shortage(root)):
+            if shortage := part.shortage(root):
                 raise UsageError(f"{name}: {given or root} has {shortage}. {_accepted(spec)}")
     return added
 
@@ -88,7 +86,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _accepted(spec: Spec) -> str:
-    names = ", ".join(part.pattern for part in spec.parts if not part.optional)
+    names = ", ".join(part.pattern for part in spec.parts)
     return f"Point --from at the official archive, or at a folder with {names}"
 
 

@@ -7,7 +7,7 @@ Layout under the root folder:
     SegmentationClassContext59/<id>.png                       8 bit, 0..59
 
 Label value 0 is ignored, 1..59 are the classes in the order of the label table. The real dataset comes with
-`trainval/<id>.mat` (459 classes, key LabelMap), `labels.txt` and `59_labels.txt` in the root folder;
+`trainval/<id>.mat` (459 classes, key LabelMap) and their list `labels.txt` in the root folder;
 `mscs data prepare pascal_context` converts them once to SegmentationClassContext59. Sample id: `<id>`.
 """
 
@@ -55,12 +55,6 @@ def index(labels: LabelSet, split: str, root: Path) -> Index:
     return build_index(labels, root, samples)
 
 
-def read_names(path: Path) -> dict[int, str]:
-    """Read a list of lines "<number>: <name>"."""
-    found = re.findall(r"^\s*(\d+)\s*:\s*(.+?)\s*$", path.read_text(errors="replace"), flags=re.MULTILINE)
-    return {int(number): name for number, name in found}
-
-
 def context_lookup(root: Path) -> "np.ndarray":
     """Return uint8 (460,): from the 459 classes of Pascal-Context to 1..59, everything else 0.
 
@@ -76,13 +70,11 @@ def context_lookup(root: Path) -> "np.ndarray":
         raise MscsError(
             f"{places[0]}: the list of the 459 class names is missing. Fetch pascal_context again"
         )
-    numbers = {name: number for number, name in read_names(path).items()}
+    found = re.findall(r"^\s*(\d+)\s*:\s*(.+?)\s*$", path.read_text(errors="replace"), flags=re.MULTILINE)
+    numbers = {name: int(number) for number, name in found}
     missing = [name for name in classes if name not in numbers]
     if missing:
         raise MscsError(f"{path}: has no class named {', '.join(missing)}. Expected the list of 459 names")
-    official = root / "59_labels.txt"
-    if official.is_file() and set(read_names(official).values()) != set(classes):
-        raise MscsError(f"{official}: lists other classes than the 59 of this package")
     table = np.zeros(max(459, *numbers.values()) + 1, np.uint8)
     for value, name in enumerate(classes, 1):
         table[numbers[name]] = value
@@ -133,10 +125,6 @@ def convert_labels(root: Path, *, progress: bool = True) -> int:
     return len(paths)
 
 
-def _list(name: str, optional: bool = False) -> Part:
-    return Part(name, {name: 1}, f"{HOME}/{name}", max_bytes=1 << 20, optional=optional)
-
-
 SPEC = Spec(
     name="pascal_context",
     label_sets=(numbered_labels("pascal_context", CLASSES),),
@@ -157,9 +145,6 @@ SPEC = Spec(
             max_bytes=1 << 30,
         ),
         Part("labels.txt", {"labels.txt": 1}, f"{HOME}/labels.txt", max_bytes=1 << 20),
-        Part(
-            "59_labels.txt", {"59_labels.txt": 1}, f"{HOME}/59_labels.txt", max_bytes=1 << 20, optional=True
-        ),
     ),
     home=HOME,
     licence="photographs: Flickr terms of use, as for Pascal VOC",

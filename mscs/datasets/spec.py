@@ -94,11 +94,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """The samples of one split, and the lookup table from label files to training ids (256 bytes)."""
+    """The samples of one split, and what the values in its label files mean."""
 
     entries: list[Entry]
-    lookup: bytes
-    known_raw_values: frozenset[int]
+    labels: LabelSet
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,6 @@ class Part:
     """A longer download is not that file."""
     package: str = ""
     """Name of the archive at the official Cityscapes downloader."""
-    optional: bool = False
 
     def shortage(self, root: Path) -> str:
         """Return what a part in `root` lacks of being complete; empty if nothing."""
@@ -216,4 +214,4 @@ def build_index(labels: LabelSet, root: Path, samples: Iterable[tuple[str, str, 
         entries.append(Entry(name, image, label))
     if not entries:
         raise MscsError(f"{labels.dataset}: found no images under {root}. Fetch the dataset again")
-    return Index(entries, labels.lookup(), labels.known_raw_values())
+    return Index(entries, labels)
