@@ -46,20 +46,28 @@ def fetch(
         UsageError: nothing usable at `given`; the dataset cannot be downloaded without it.
         MscsError: download or archive failed, or has fewer files than published.
     """
-    spec, downloads = dataset_spec(name), root / DOWNLOADS
+    spec = dataset_spec(name)
     if (root / GENERATED).exists():
         raise UsageError(f"{root} holds generated scenes. Remove that folder, or choose another with --root")
-    downloads.mkdir(parents=True, exist_ok=True)
+    if not _missing(spec, root):
+        return []
+    if given is not None and not given.expanduser().exists():
+        raise UsageError(f"{name}: --from {given} does not exist")
+    if given is None and not all(part.url or part.package for part in spec.parts):
+        raise UsageError(
+            f"{name} is given out after registration: get the archive at {spec.home} and run "
+            f"`mscs data fetch {name} --from ARCHIVE`"
+        )
     added: list[str] = []
     with _alone(root):
-        missing = [part for part in spec.parts if part.shortage(root)]
+        missing = _missing(spec, root)
         if given is not None and missing:
             added = _take_given(spec, root, missing, given.expanduser().resolve(), progress)
         for part in missing if given is None else ():
             if part.shortage(root):  # else an earlier archive has brought it
                 added += _download_part(spec, root, part, progress)
         if not keep_archives:
-            for path in _archives(downloads):
+            for path in _archives(root / DOWNLOADS):
                 path.unlink()
         for part in spec.parts:
             if shortage := part.shortage(root):
@@ -67,9 +75,14 @@ def fetch(
     return added
 
 
+def _missing(spec: Spec, root: Path) -> list[Part]:
+    return [part for part in spec.parts if part.shortage(root)]
+
+
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Let one process at a time work in `root`, and leave nothing half-done there."""
+    (root / DOWNLOADS).mkdir(parents=True, exist_ok=True)
     with (root / DOWNLOADS / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,8 +108,6 @@ def _archives(folder: Path) -> list[Path]:
 
 
 def _take_given(spec: Spec, root: Path, parts: Sequence[Part], given: Path, progress: bool) -> list[str]:
-    if not given.exists():
-        raise UsageError(f"{spec.name}: --from {given} does not exist")
     if given.is_dir() and (found := _matches(given, parts)):
         return _install(spec, root, found, Path.symlink_to)
     archives = _archives(given) if given.is_dir() else [given]
@@ -139,11 +150,6 @@ def _unpack(spec: Spec, root: Path, archive: Path, progress: bool) -> list[str]:
 
 
 def _download_part(spec: Spec, root: Path, part: Part, progress: bool) -> list[str]:
-    if not part.url and not part.package:
-        raise UsageError(
-            f"{spec.name} is given out after registration: get the archive at {spec.home} and run "
-            f"`mscs data fetch {spec.name} --from ARCHIVE`"
-        )
     from mscs.datasets.download import cityscapes_package, download
 
     folder = root / DOWNLOADS

@@ -67,9 +67,10 @@ def _legend(dataset: Dataset, counts: np.ndarray, height: int) -> Image.Image:
     columns = -(-len(rows) // per_column)
     canvas = Image.new("RGB", (columns * LEGEND_WIDTH, (min(per_column, len(rows)) + 3) * ROW), PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    draw.text((GAP, GAP), f"{dataset.name} {dataset.split}: {len(dataset)} images; {which}", INK, font)
+    draw.text((GAP, 0), f"{dataset.name} {dataset.split}: {len(dataset)} images", INK, font)
+    draw.text((GAP, ROW), which, INK, font)
     for place, row in enumerate(rows):
-        x, y = place // per_column * LEGEND_WIDTH + GAP, (place % per_column + 2) * ROW
+        x, y = place // per_column * LEGEND_WIDTH + GAP, (place % per_column + 2) * ROW + GAP
         share = shares[row]
         draw.rectangle((x, y + 2, x + 14, y + 14), fill=colors[row], outline=FAINT)
         draw.text((x + 20, y), names[row][:22], INK if share else FAINT, font)

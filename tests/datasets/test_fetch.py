@@ -636,7 +636,8 @@ def test_cityscapes_from_a_folder_of_archives(small, tmp_path):
 
 def test_cadis_says_where_to_get_it(tmp_path):
     with pytest.raises(UsageError, match=r"grand-challenge\.org.*mscs data fetch cadis --from"):
-        fetch.fetch("cadis", tmp_path, progress=False)
+        fetch.fetch("cadis", tmp_path / "cadis", progress=False)
+    assert not (tmp_path / "cadis").exists()
 
 
 @pytest.mark.parametrize("given", ["nowhere", "empty", "text.txt"])
