@@ -70,8 +70,10 @@ class _Checked:
             time.sleep(min(int(wait), LONGEST_PAUSE_S) if wait.isdecimal() else 0)
         elif not response.is_redirect:
             refuse_page(response)
-            if status != requests.codes.ok:
-                raise MscsError(f"{self.part.url}: HTTP {status}. Get it elsewhere and use --from PATH")
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if status != requests.codes.ok or encoding != "identity":
+                what = f"HTTP {status}, encoding {encoding!r}"
+                raise MscsError(f"{self.part.url}: {what}. Get it elsewhere and use --from PATH")
             if length:
                 if not length.isdecimal() or int(length) > self.part.max_bytes:
                     raise MscsError(f"{self.part.url}: refused, announces {length!r} bytes")

@@ -156,7 +156,7 @@ def _download_part(spec: Spec, root: Path, part: Part, progress: bool) -> list[s
     if part.package:
         return _unpack(spec, root, cityscapes_package(part.package, folder), progress)
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not all(str(x).startswith("sha256:") for x in record.values()):
         raise MscsError(f"{folder / RECORD} holds no table of checksums; remove it")
     archive = download(part, folder, part.checksum or record.get(part.url), progress)
     if archive.name == part.pattern:  # a list of names; what is in it is looked at when it is used

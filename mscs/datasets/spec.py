@@ -212,6 +212,8 @@ def build_index(labels: LabelSet, root: Path, samples: Iterable[tuple[str, str, 
                 f"{root / image} has no label: {root / label} is missing. Fetch {labels.dataset} again"
             )
         entries.append(Entry(name, image, label))
+    if len({entry.id for entry in entries}) < len(entries):
+        raise MscsError(f"{labels.dataset}: samples under {root} are listed twice. Fetch the dataset again")
     if not entries:
         raise MscsError(f"{labels.dataset}: found no images under {root}. Fetch the dataset again")
     return Index(entries, labels)

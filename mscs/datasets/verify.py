@@ -119,7 +119,8 @@ def read_manifest(name: str, root: Path) -> dict[str, Any]:
     try:
         sound = found["dataset"] == name and found["digest"] == _digest(found["files"])
         sound = sound and bool(found["splits"]) and found["generated"] in (True, False)
-    except (KeyError, TypeError):
+        sound = sound and all(int(line.split(" ", 2)[1]) and line.split(" ", 2)[2] for line in found["files"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         sound = False
     if not sound:
         raise MscsError(f"{path}: damaged, or of another dataset than {name}. {again}")

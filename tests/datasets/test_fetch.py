@@ -196,6 +196,7 @@ def test_what_stays_broken_leaves_nothing(server, tmp_path, fault):
         *((status, rf"HTTP {status}.*--from") for status in (401, 403, 404)),
         (answer("206 Partial", Content_Length=len(DATA), Content_Range="bytes 0-2/9"), r"HTTP 206"),
         (answer(Content_Length="abc"), r"announces 'abc' bytes"),
+        (answer(Content_Length=len(DATA), Content_Encoding="gzip"), r"encoding 'gzip'"),
         (answer(Content_Length="\x1b[2J"), r"announces '\\x1b\[2J' bytes"),
         (answer(Content_Length=-1), r"announces '-1' bytes"),
         (answer(Content_Length=10**9), r"announces '1000000000' bytes"),
@@ -565,7 +566,7 @@ def test_the_first_checksum_is_recorded_and_binding(ade, tmp_path):
     ade.files["/ade.zip"] = data + b"!"
     with pytest.raises(MscsError, match=f"wrong checksum, expected {digest}"):
         fetch_ade(root)
-    for damaged in ("[]", "{", "\xff"):
+    for damaged in ("[]", "{", "\xff", json.dumps({f"{ade.url}/ade.zip": 1})):
         record.write_text(damaged)
         with pytest.raises(MscsError, match=r"digests\.json"):
             fetch_ade(root)

@@ -15,7 +15,9 @@ from PIL import Image
 
 from mscs.datasets import DATASETS, Dataset, Sample, build_dataset, label_set
 from mscs.datasets.cadis import RAW_CLASSES, VIDEOS, blacklist
-from mscs.datasets.spec import voc_palette
+from mscs.datasets.fetch import fetch
+from mscs.datasets.spec import Part, Spec, build_index, names_in, numbered_labels, voc_palette
+from mscs.datasets.verify import verify
 from mscs.errors import MscsError, UsageError
 from mscs.predictions import write_prediction
 
@@ -323,3 +325,38 @@ def test_lists_of_images_cannot_name_files_elsewhere(name, make_tree):
     with pytest.raises(MscsError, match=r"points outside|no plain"):
         write_prediction(root, label_set("pascal_context"), name, np.zeros((2, 2), np.uint8))
     assert not (root.parent / "evil.png").exists()
+
+
+def test_lists_that_name_an_image_twice_are_refused(make_tree):
+    root = make_tree("pascal_context")
+    path = root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt"
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(MscsError, match="listed twice"):
+        build_dataset("pascal_context", "train", root)
+
+
+def test_a_dataset_is_one_spec(make_tree, monkeypatch):
+    """What the README asks for is enough: reading, verifying and fetching take everything from the `Spec`."""
+
+    def index(labels, split, root):
+        names = names_in(root / split, ".jpg")
+        return build_index(labels, root, ((n, f"{split}/{n}.jpg", f"{split}/{n}.png") for n in names))
+
+    spec = Spec(
+        name="pets",
+        label_sets=(numbered_labels("pets", "cat, dog"),),
+        splits={"train": 1},
+        index=index,
+        parts=(Part("train", {"train/*.jpg": 1}),),
+        home="home",
+        licence="licence",
+        tolerance=1.0,
+    )
+    monkeypatch.setitem(DATASETS, "pets", spec)
+    root = make_tree("ade20k") / "pets"
+    (root / "given/train").mkdir(parents=True)
+    cv2.imwrite(str(root / "given/train/tom.jpg"), np.zeros((8, 8, 3), np.uint8))
+    cv2.imwrite(str(root / "given/train/tom.png"), np.full((8, 8), 2, np.uint8))
+    assert fetch("pets", root, given=root / "given") == ["train"]
+    assert verify("pets", root, progress=False)["splits"] == {"train": 1}
+    assert build_dataset("pets", "train", root)[0].label.tolist() == [[1] * 8] * 8

@@ -102,7 +102,7 @@ def test_training_data_must_fit_the_manifest(name, small):
     image.write_bytes(data)
     manifest_file = root / "manifest.json"
     whole = manifest_file.read_text()
-    for damaged in (whole.replace(digest, "0" * 64), "[]", '{"dataset": 1}', whole[:-9]):
+    for damaged in (whole.replace(digest, "0" * 64), "[]", '{"dataset": 1}', whole[:-9], "[" * 99999):
         manifest_file.write_text(damaged)
         with pytest.raises(MscsError, match=r"manifest\.json"):
             check_manifest(name, root)
