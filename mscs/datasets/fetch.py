@@ -127,20 +127,33 @@ def _matches(base: Path, parts: Sequence[Part]) -> list[Path]:
 
 def _install(spec: Spec, root: Path, found: Sequence[Path], put: Callable[[Path, Path], Any]) -> list[str]:
     """Bring complete parts to their places; `put(new, found)` makes `new` of what was found."""
-    ready, old = root / STAGING / "ready", root / STAGING / "old"
-    for folder in (ready, old):
-        folder.mkdir(parents=True)
+    ready = root / STAGING / "ready"
+    ready.mkdir(parents=True)
     for path in found:
         put(ready / path.name, path)
     for part in spec.parts:
         if any(ready.glob(part.pattern)) and (shortage := part.shortage(ready)):
             raise BrokenArchive(f"{spec.name}: not all of it is there, {shortage}. {_accepted(spec)}")
     for path in found:
-        if os.path.lexists(root / path.name):
-            os.replace(root / path.name, old / path.name)
-        os.replace(ready / path.name, root / path.name)
+        target = root / path.name
+        if target.is_symlink() or target.is_file():
+            target.unlink()
+        elif target.exists():
+            _put_aside(target)
+        os.replace(ready / path.name, target)
     shutil.rmtree(root / STAGING)
     return [path.name for path in found]
+
+
+def _put_aside(folder: Path) -> None:
+    """Keep a folder that lacks files under another name: it may hold what did not come from here."""
+    aside = folder.with_name(f"{folder.name}.incomplete")
+    if aside.exists():
+        raise MscsError(
+            f"{folder} lacks files, and {aside} is there from an earlier time. Remove one of them"
+        )
+    folder.rename(aside)
+    print(f"{folder} lacked files; what was in it is in {aside} now", file=sys.stderr)
 
 
 def _unpack(spec: Spec, root: Path, archive: Path, progress: bool) -> list[str]:

@@ -74,7 +74,10 @@ def context_lookup(root: Path) -> "np.ndarray":
     numbers = {name: int(number) for number, name in found}
     missing = [name for name in classes if name not in numbers]
     if missing:
-        raise MscsError(f"{path}: has no class named {', '.join(missing)}. Expected the list of 459 names")
+        raise MscsError(
+            f"{path}: has no class named {', '.join(missing)}. Expected the list of 459 names; "
+            "remove it and fetch pascal_context again"
+        )
     table = np.zeros(max(459, *numbers.values()) + 1, np.uint8)
     for value, name in enumerate(classes, 1):
         table[numbers[name]] = value

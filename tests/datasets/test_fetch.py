@@ -505,11 +505,15 @@ def test_two_fetches_at_once_are_one(ade, tmp_path, capfd):
 def test_half_a_dataset_is_not_taken_for_a_whole_one(ade, tmp_path):
     root = tmp_path / "fetched"
     fetch_ade(root)
-    images = root / "ADEChallengeData2016/images/training"
-    next(images.iterdir()).unlink()
+    base = root / "ADEChallengeData2016"
+    next((base / "images/training").iterdir()).unlink()
+    (base / "my notes.txt").touch()
     assert fetch_ade(root) == ["ADEChallengeData2016"]
     assert readable("ade20k", root) == [3, 2]
-    assert sorted(p.name for p in root.iterdir()) == [".downloads", "ADEChallengeData2016"]
+    assert (root / "ADEChallengeData2016.incomplete/my notes.txt").exists()
+    next((base / "images/training").iterdir()).unlink()
+    with pytest.raises(MscsError, match="Remove one of them"):
+        fetch_ade(root)
 
 
 def test_an_archive_that_lacks_files_is_refused(ade, small, make_tree, tmp_path):
