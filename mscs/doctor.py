@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mscs.datasets.commands import default_root
+from mscs.datasets import DATASETS
+from mscs.datasets.spec import default_root
 from mscs.errors import UsageError, unknown_name
 
 LOCK = Path("requirements.lock")
@@ -24,7 +25,6 @@ CUDA = 13000  # what the pinned PyTorch is built for, as the driver counts: 1000
 NEEDS = {"mini": {"disk": 3, "memory": 4, "gpu": 0}, "paper": {"disk": 250, "memory": 64, "gpu": 24}}
 """GB of free disk, memory and memory of one GPU. Paper: the four datasets unpacked with their archives (about
 100 GB), weights and two checkpoints of 80 runs. Both are planning figures."""
-DATASETS = ("cityscapes", "ade20k", "pascal_context", "cadis")
 STATES = ("ok", "warning", "problem")
 
 

@@ -8,9 +8,16 @@ MANY, SHOWN = 30, 5
 
 
 class MscsError(Exception):
-    """Something went wrong at run time (broken file, full disk, lost worker). Exit code 1."""
+    """Something went wrong at run time (broken file, full disk, lost worker). Exit code 1.
+
+    Messages quote names and answers from outside: control characters in them never reach a terminal.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text))
 
 
 class UsageError(MscsError, ValueError):

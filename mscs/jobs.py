@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mscs.datasets.spec import GENERATED
 from mscs.errors import UsageError
 from mscs.numerics import check_packages
 from mscs.paths import SeedFiles, data_root
@@ -164,7 +165,7 @@ def require_data(settings: Settings, root: Path) -> None:
                 "`mscs data --help`"
             )
         _draw(data, root)
-    marker = root / "generated.json"
+    marker = root / GENERATED
     made: dict[str, Any] | None = read_json(marker) if marker.is_file() else None
     if (made is not None) != (data.source == "generated"):
         kind = "generated scenes" if made else "a real dataset"

@@ -1,12 +1,12 @@
 """Where everything lies: data, checkpoints, weights and results of a profile, of a run, of one seed."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mscs.blocks import from_flat
+from mscs.datasets.spec import default_root
 from mscs.errors import MscsError, UsageError
 from mscs.params import Params
 from mscs.results import read_json
@@ -62,11 +62,6 @@ class SeedFiles:
     def evaluation(self) -> Path:
         """Scores."""
         return self.results / "evaluation.json"
-
-
-def default_root(dataset: str) -> Path:
-    """Return the folder of a real dataset: $MSCS_DATA/<name>, else data/<name>."""
-    return Path(os.environ.get("MSCS_DATA", "data")) / dataset
 
 
 def checkpoint_folder(settings: Settings, seed: int) -> Path:

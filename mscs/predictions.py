@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mscs.datasets import Dataset, LabelSet, Sample
-from mscs.results import atomic_path
+from mscs.results import atomic_path, inside
 
 
 def prediction_name(labels: LabelSet, sample_id: str) -> str:
@@ -28,7 +28,7 @@ def write_prediction(folder: Path, labels: LabelSet, sample_id: str, prediction:
         palette = np.zeros((256, 3), np.uint8)
         palette[raw] = labels.colors
         image.putpalette(palette.tobytes())
-    path = folder / prediction_name(labels, sample_id)
+    path = inside(folder, prediction_name(labels, sample_id))
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return path

@@ -13,6 +13,18 @@ from typing import Any
 from mscs.errors import MscsError
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """Return `folder / name` for a name that came from outside; MscsError unless that lies in `folder`.
+
+    Accepted are relative paths with "/" between printable names; "..", "\\" and ":" are refused.
+    """
+    parts = name.split("/")
+    below = name[:1] != "/" and ".." not in parts and not {*parts} <= {"", "."}
+    if not below or not name.isprintable() or "\\" in name or ":" in name:
+        raise MscsError(f"{name!r} points outside of {folder} or is no plain file name; refused")
+    return Path(folder, name)
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that takes its place when the block ends without error."""
@@ -73,7 +85,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise MscsError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MscsError(f"{path} is not valid JSON: {error}") from None
 
 

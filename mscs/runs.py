@@ -9,12 +9,12 @@ from typing import Any
 from mscs import build
 from mscs.checkpoint import differences, file_digest, lock, prune, read_header, save_weights
 from mscs.datasets.base import MANIFEST
-from mscs.datasets.labels import GENERATED
+from mscs.datasets.spec import GENERATED
 from mscs.distributed import World, barrier
 from mscs.errors import MscsError, UsageError
 from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
 from mscs.jobs import Job
-from mscs.models import fetch_pretrained
+from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
 from mscs.provenance import record, utc
@@ -192,11 +192,7 @@ def _data_facts(root: Path) -> dict[str, Any]:
 
 def _pretrained_digest(settings: Settings) -> dict[str, str] | None:
     """Return name and SHA-256 of the file that the backbone started from."""
-    source = settings.model.pretrained
-    if not source:
-        return None
-    path = fetch_pretrained(settings.model.backbone) if source is True else Path(source)
-    return {path.name: file_digest(path)}
+    return pretrained_record(settings.model.backbone, settings.model.pretrained)
 
 
 def summary(history: Sequence[Mapping[str, float]]) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ from mscs.blocks import (
     Side,
     Weight,
 )
-from mscs.datasets.labels import DATASETS
+from mscs.datasets import DATASETS
 from mscs.errors import unknown_name
 from mscs.models.options import MODEL_OPTIONS
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mscs.datasets.fetch import SOURCES
-from mscs.datasets.labels import label_set
+from mscs.datasets import DATASETS
 from mscs.params import Params
 from mscs.results import read_json, write_text
 from reproduce import ledger
@@ -26,7 +25,7 @@ def write_cards(params: Params, results: Results) -> list[Path]:
     texts = {
         f"model-{run}": model_card(run, params, results) for run in params.runs if results.evaluation(run)
     }
-    manifests = {name: results.root / "data" / f"{name}.json" for name in SOURCES}
+    manifests = {name: results.root / "data" / f"{name}.json" for name in DATASETS}
     texts |= {
         f"data-{name}": data_card(name, read_json(path), results.stamp)
         for name, path in manifests.items()
@@ -67,15 +66,14 @@ def model_card(run: str, params: Params, results: Results) -> str:
 
 def data_card(name: str, manifest: Mapping[str, Any], stamp: str) -> str:
     """Return the card of one dataset from its manifest: splits, classes, terms."""
-    official = label_set(name).split_counts
-    tasks = {f"{name}, task {task}": task for task in (1, 2, 3)} if name == "cadis" else {name: None}
-    labels = {title: label_set(name, task) for title, task in tasks.items()}
+    spec = DATASETS[name]
+    labels = {f"{name}, task {one.task}" if one.task else name: one for one in spec.label_sets}
     facts = {
         "name": name,
         "stamp": stamp,
         "manifest": manifest,
-        "source": SOURCES[name],
-        "splits": [[split, count, official.get(split, "")] for split, count in manifest["splits"].items()],
+        "source": spec,
+        "splits": [[split, count, spec.splits.get(split, "")] for split, count in manifest["splits"].items()],
         "labels": [[title, found.num_classes, ", ".join(found.classes)] for title, found in labels.items()],
     }
     return render("data_card.md.j2", facts)

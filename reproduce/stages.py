@@ -42,7 +42,7 @@ def resolve(profile: str) -> None:
 def data(profile: str, dataset: str) -> None:
     """Make (mini) or check (paper) one dataset and write its manifest."""
     from mscs.datasets.toy import write_dataset
-    from mscs.datasets.verify import manifest
+    from mscs.datasets.verify import verify
 
     settings = read_json(resolved_path(profile))["datasets"][dataset]
     generated = settings["data_source"] == "generated"
@@ -55,7 +55,7 @@ def data(profile: str, dataset: str) -> None:
             val=settings["val_images"],
             image_size=tuple(settings["image_size"]),
         )
-    facts = manifest(dataset, root, settings["task"])
+    facts = verify(dataset, root)
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
     if generated:
         facts["colour_miou"] = _colour_miou(dataset, root, settings["task"])

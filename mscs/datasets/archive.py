@@ -1,165 +1,137 @@
 """Unpack zip and tar archives that may be broken or hostile.
 
-Only plain files and folders are written, only below the target folder, and no more bytes than plausible. An
-archive is unpacked beside its destination and moved there when complete, so that a half-unpacked dataset is
-never taken for a whole one.
+Only plain files are written, only below the target folder, each once, and no more bytes than plausible. The
+standard library writes them; what it would silently repair, skip or read into memory is refused here.
 """
 
+import bz2
+import errno
 import gzip
 import lzma
-import os
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from mscs.datasets.download import disk_errors, require_space
 from mscs.errors import MscsError
+from mscs.results import inside
 
-CHUNK = 1 << 20
-BROKEN = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    zlib.error,
-    EOFError,
-    RuntimeError,  # encrypted zip
-    NotImplementedError,  # unknown compression
-)
+MAX_FILES = 1_000_000
+MAX_RATIO, SLACK = 200, 64 << 20  # unpacked bytes per byte of the archive, and in any case
+MAX_READ = 1 << 20  # tarfile reads contents in smaller pieces, but a header of any size at once
+MIN_FREE_AFTER = 64 << 20  # bytes that a download or an archive must leave free
+DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZ": bz2.open,
+    b"\xfd7": lzma.open,
+}
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What an archive may unpack to before it counts as a bomb."""
-
-    num_files: int = 1_000_000
-    ratio: int = 200
-    """Unpacked bytes per byte of the archive."""
-    slack: int = 64 << 20
-    """Unpacked bytes that are allowed in any case."""
-
-    def max_bytes(self, archive: Path) -> int:
-        """Return how many bytes `archive` may unpack to."""
-        return self.slack + self.ratio * archive.stat().st_size
+Member = tuple[str, int, bool, Callable[[], Any]]
+"""Name, size, whether it is a plain file, and what writes it."""
 
 
-@dataclass(frozen=True)
-class Member:
-    """One plain file in an archive."""
-
-    name: str
-    size: int
-    file: IO[bytes]
+class BrokenArchive(MscsError):
+    """The archive is at fault: broken, hostile, or not what it should be."""
 
 
-def is_archive(path: Path) -> bool:
-    """Tell whether `path` is a zip or tar file."""
-    return path.is_file() and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+def require_space(folder: Path, needed: int) -> None:
+    """Raise MscsError unless `needed` bytes and a margin are free in `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + MIN_FREE_AFTER:
+        raise MscsError(
+            f"{folder}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            "Free some space or choose another folder with --root or MSCS_DATA"
+        )
 
 
-def extract(archive: Path, folder: Path, *, limits: Limits | None = None, progress: bool = True) -> None:
-    """Unpack `archive` into the new folder `folder`.
+def extract(archive: Path, folder: Path, *, progress: bool = True) -> None:
+    """Unpack `archive` into the new folder `folder`; of one that fails nothing is left.
 
     Raises:
-        MscsError: broken archive; a member outside the folder, a link or a device; too many files or bytes;
-            no space. Nothing is left behind.
+        BrokenArchive: it cannot be read; a member lies outside the folder, comes twice, is a link or a
+            device; too many files or bytes.
+        MscsError: no space, or another fault of the disk.
     """
-    limits = limits or Limits()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    require_space(folder, archive.stat().st_size)
     try:
-        with disk_errors(folder):
-            _write_members(archive, folder, limits, progress)
-    except BROKEN as error:
+        _write_members(archive, folder, progress)
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise MscsError(f"{archive}: broken archive ({error}). Remove it and fetch again") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, MscsError):
+            raise BrokenArchive(f"{archive}: refused, {error}") from error
+        if isinstance(error, OSError) and error.errno:
+            raise MscsError(f"{folder}: cannot write ({error.strerror})") from error
+        if isinstance(error, Exception):  # as many kinds as there are formats
+            raise BrokenArchive(f"{archive}: broken archive ({error!r}). Fetch it again") from error
         raise
 
 
-def _write_members(archive: Path, folder: Path, limits: Limits, progress: bool) -> None:
-    allowed = limits.max_bytes(archive)
-    require_space(folder, archive.stat().st_size)
-    is_zip = zipfile.is_zipfile(archive)
-    members = _zip_members(archive, folder, allowed) if is_zip else _tar_members(archive)
-    members = tqdm(members, desc=f"unpacking {archive.name}", unit="file", disable=None if progress else True)
-    written = 0
-    for count, member in enumerate(members):
-        if count >= limits.num_files:
-            raise MscsError(f"{archive}: refused, more than {limits.num_files} files")
-        target = folder / _safe_name(archive, member.name)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size = 0
-        with target.open("wb") as out:
-            while chunk := member.file.read(CHUNK):
-                size += len(chunk)
-                if written + size > allowed:
-                    raise MscsError(f"{archive}: refused, unpacks to more than {allowed} bytes (a bomb?)")
-                out.write(chunk)
-        if size != member.size:
-            raise MscsError(f"{archive}: broken archive, {member.name} has {size} of {member.size} bytes")
-        written += size
+def _write_members(archive: Path, folder: Path, progress: bool) -> None:
+    left = SLACK + MAX_RATIO * archive.stat().st_size
+    members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
+    seen: set[Path] = set()
+    quiet = None if progress else True  # None: no bar where the output is no terminal
+    for name, size, plain, write in tqdm(
+        members(archive, folder, left), f"unpacking {archive}", disable=quiet
+    ):
+        path, left = inside(folder, name), left - size
+        if not plain:
+            raise MscsError(f"{name!r} is a link or a device")
+        if path in seen:
+            raise MscsError(f"{name!r} is in it twice")
+        seen.add(path)
+        if len(seen) > MAX_FILES or left < 0:
+            raise MscsError(f"more than {MAX_FILES} files or more bytes than are plausible (a bomb?)")
+        write()
 
 
 def _zip_members(archive: Path, folder: Path, allowed: int) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
-        infos = file.infolist()
-        total = sum(info.file_size for info in infos)
-        if total > allowed:
-            raise MscsError(f"{archive}: refused, announces {total} bytes, {allowed} are plausible (a bomb?)")
-        require_space(folder, total)
-        for info in infos:
-            mode = stat.S_IFMT(info.external_attr >> 16)
-            if mode not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise MscsError(f"{archive}: refused, {info.filename} is a link or a device")
-            if info.is_dir():
-                _safe_name(archive, info.filename)
-                continue
-            with file.open(info) as content:
-                yield Member(info.filename, info.file_size, content)
+        total = sum(info.file_size for info in file.infolist())
+        if total <= allowed and shutil.disk_usage(folder).free < total + MIN_FREE_AFTER:
+            raise OSError(errno.ENOSPC, f"{total} bytes do not fit")
+        for info in file.infolist():
+            kind = stat.S_IFMT(info.external_attr >> 16)
+            if not info.is_dir():
+                plain = kind in (0, stat.S_IFREG)
+                yield info.filename, info.file_size, plain, partial(file.extract, info, folder)
 
 
-def _tar_members(archive: Path) -> Iterator[Member]:
-    with tarfile.open(archive) as file:
-        for info in file:
-            if info.isdir():
-                _safe_name(archive, info.name, allow_top=True)
-                continue
-            content = file.extractfile(info) if info.isreg() else None
-            if content is None:
-                raise MscsError(f"{archive}: refused, {info.name} is a link or a device")
-            yield Member(info.name, info.size, content)
-        while file.fileobj and file.fileobj.read(CHUNK):
-            pass  # the checksum of a compressed tar is at its very end
+def _tar_members(archive: Path, folder: Path, allowed: int) -> Iterator[Member]:
+    with archive.open("rb") as start:
+        opener = DECOMPRESSORS.get(start.read(2), open)
+    with opener(archive, "rb") as content:
+        stream: Any = _BoundedReader(content, allowed)
+        with tarfile.open(fileobj=stream, mode="r:") as file:
+            while (info := file.next()) is not None:
+                file.members.clear()  # type: ignore[attr-defined]  # it keeps all that it has seen
+                if not info.isdir():
+                    write = partial(file.extract, info, folder, filter="data")
+                    yield info.name, info.size, info.isreg(), write
+        while chunk := stream.read(MAX_READ):  # the checksum of a compressed tar is at its very end
+            if chunk.strip(b"\0"):
+                raise ValueError("unreadable members")
 
 
-def _safe_name(archive: Path, name: str, allow_top: bool = False) -> PurePosixPath:
-    """Return the relative path of a member, or raise if it could leave the folder."""
-    path = PurePosixPath(name)
-    inside = not path.is_absolute() and ".." not in path.parts and (path.parts or allow_top)
-    if not inside or "\\" in name or ":" in name or "\0" in name:
-        raise MscsError(f"{archive}: refused, {name!r} points outside the folder")
-    return path
+class _BoundedReader:
+    """At most `allowed` bytes of a file, in pieces of at most MAX_READ."""
 
+    def __init__(self, file: Any, allowed: int) -> None:
+        self.file, self.left, self.seek, self.tell = file, allowed, file.seek, file.tell
 
-def move_into(source: Path, target: Path) -> None:
-    """Move a finished file or folder to `target`, replacing what is there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_symlink() or target.is_file():
-        target.unlink()
-    elif target.is_dir():
-        old = source.with_name(source.name + ".replaced")
-        os.replace(target, old)
-        os.replace(source, target)
-        shutil.rmtree(old)
-        return
-    os.replace(source, target)
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_READ:
+            raise MscsError(f"a header of {size} bytes")
+        data: bytes = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise MscsError("more bytes than are plausible (a bomb?)")
+        return data

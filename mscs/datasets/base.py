@@ -1,28 +1,33 @@
-"""What every dataset is: a list of image and label files, one label table, and a way to read a sample."""
+"""Read a split of a dataset: `build_dataset` -> `Dataset`, whose items are `Sample`s."""
 
-import dataclasses
-import functools
-import importlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from mscs.datasets.labels import IGNORE_INDEX, LabelSet
+from mscs.datasets.registry import dataset_spec
+from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_json
 
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+try:
+    import imagecodecs
+except ImportError:
+    imagecodecs = None  # type: ignore[assignment]
+
+MAX_PIXELS = 1 << 26
+"""Of one image, twice the largest in the four datasets; a header that claims more is taken for broken."""
+JPEG_END = b"\xff\xd9"
 JPEG_TRAILER = 4096  # bytes at the end of a file within which the end mark must lie
-PNG_START = b"\x89PNG\r\n\x1a\n"
-PNG_FORMAT = slice(24, 26)  # header bytes: bit depth, colour type
-PNG_GREY, PNG_RGB = bytes([8, 0]), bytes([8, 2])
 MANIFEST = "manifest.json"
 CACHE = "decoded"
 
@@ -37,24 +42,6 @@ class Sample:
     image: np.ndarray
     label: np.ndarray
     id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one sample lies, relative to the dataset's root folder."""
-
-    id: str
-    image: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Index:
-    """The samples of one split, and the lookup table from label files to training ids (256 bytes)."""
-
-    entries: list[Entry]
-    lookup: bytes
-    known_raw_values: frozenset[int]
 
 
 class Dataset:
@@ -74,8 +61,8 @@ class Dataset:
         self.class_weights = labels.class_weights
         self.entries = index.entries
         self.ids = tuple(entry.id for entry in index.entries)
-        self.known_raw_values = index.known_raw_values
-        self._lookup = np.frombuffer(index.lookup, dtype=np.uint8)
+        self.known_raw_values = index.labels.known_raw_values()
+        self._lookup = np.frombuffer(index.labels.lookup(), dtype=np.uint8)
         self._cache = open_cache(root)
 
     def __len__(self) -> int:
@@ -95,10 +82,33 @@ class Dataset:
 
     def _read_cached(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         """Map the decoded files into memory: only the pages that a crop touches are read."""
-        image, label = (
-            np.load(f"{self._cache}/{path}.npy", mmap_mode="r") for path in (entry.image, entry.label)
-        )
-        return image.view(np.ndarray), label.view(np.ndarray)
+        files = [f"{self._cache}/{path}.npy" for path in (entry.image, entry.label)]
+        try:
+            image, label = (np.load(file, mmap_mode="r").view(np.ndarray) for file in files)
+        except (OSError, ValueError) as error:
+            raise MscsError(f"{files}: damaged ({error}). Remove {self._cache}") from error
+        return image, label
+
+
+def build_dataset(
+    name: str, split: str, root: str | PathLike[str], task: int | None = None, **options: Any
+) -> Dataset:
+    """Open a split of a dataset.
+
+    Args:
+        name: one of `DATASETS`.
+        split: train, val or (cityscapes, cadis) test.
+        root: folder of this dataset, in the layout that its module describes.
+        task: CaDIS only: 1, 2 or 3 (the default).
+        options: of the dataset's `index` function (cadis: exclude_blacklisted).
+
+    Raises:
+        UsageError: unknown name, split, task or option; missing folder.
+        MscsError: empty folder, image without label.
+    """
+    spec, root = dataset_spec(name), Path(root)
+    index = spec.open_index(split, root, task, **options)
+    return Dataset(spec.labels(task), split, root, index)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -119,48 +129,65 @@ def decode_image(data: bytes, path: Path) -> np.ndarray:
 def decode_label(data: bytes, path: Path) -> np.ndarray:
     """Decode a label file to the raw uint8 values (H, W) that it holds."""
     label = _decode(data, path, cv2.IMREAD_UNCHANGED)
-    if label.ndim == 3:
-        # OpenCV expands a palette to its colours; the class ids are the palette's indices.
-        with Image.open(io.BytesIO(data)) as file:
-            if file.mode != "P":
-                raise MscsError(f"{path}: label is a {file.mode} image; expected 8-bit class ids")
-            label = np.asarray(file)
-    if label.dtype != np.uint8:
-        raise MscsError(f"{path}: label holds {label.dtype} values; expected 8-bit class ids")
+    if label.ndim != 2 or label.dtype != np.uint8:
+        shape = "x".join(map(str, label.shape))
+        raise MscsError(f"{path}: label is {shape} of {label.dtype}; expected 8-bit class ids")
     return label
 
 
-def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
-    wanted = PNG_GREY if flags == cv2.IMREAD_UNCHANGED else PNG_RGB
-    if data.startswith(PNG_START) and data[PNG_FORMAT] == wanted:
-        image = _fast_png(data)
-        if image is not None:
-            return image
-    # libjpeg fills what is missing of a cut-off file with grey and only warns.
-    cut_off = data.startswith(JPEG_START) and JPEG_END not in data[-JPEG_TRAILER:]
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data and not cut_off else None
-    if image is None:
-        raise MscsError(f"{path}: cannot be decoded (broken or cut off). Fetch the dataset again")
+def image_size(data: bytes, path: Path) -> tuple[int, int]:
+    """Return (width, height) from the header of an image; MscsError if it is none or claims too much."""
+    return _open(data, path).size
+
+
+def _open(data: bytes, path: Path) -> Image.Image:
+    """Return the image undecoded."""
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Exception as error:  # Pillow raises many kinds on a broken file
+        raise _broken(path, str(error) if "pixels" in str(error) else "") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _broken(path, f"its header claims {image.width}x{image.height} pixels")
     return image
 
 
-def _fast_png(data: bytes) -> np.ndarray | None:
-    """Decode a PNG with imagecodecs, if that is installed: it takes about 0.6 of OpenCV's time."""
-    codecs = _imagecodecs()
-    if codecs is None:
-        return None
-    try:
-        return codecs.png_decode(data)
-    except codecs.PngError:
-        return None  # OpenCV's verdict decides
+def _broken(path: Path, why: str = "") -> MscsError:
+    return MscsError(f"{path}: cannot be decoded ({why or 'broken or cut off'}). Fetch the dataset again")
 
 
-@functools.cache
-def _imagecodecs() -> Any:
+def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
+    header, is_label = _open(data, path), flags == cv2.IMREAD_UNCHANGED
+    # libjpeg fills what is missing of a cut-off file with grey and only warns.
+    if header.format == "JPEG" and JPEG_END not in data[-JPEG_TRAILER:]:
+        raise _broken(path)
+    image: np.ndarray | None
     try:
-        return importlib.import_module("imagecodecs")
-    except ImportError:
+        if is_label and (header.mode == "P" or "transparency" in header.info):
+            # OpenCV expands a palette to its colours; the class ids are the palette's indices.
+            return np.asarray(header)
+        image = _fast_png(data, is_label) if header.format == "PNG" else None
+        if image is None:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except (cv2.error, OSError, ValueError, SyntaxError, MemoryError) as error:
+        raise _broken(path) from error
+    if image is None:
+        raise _broken(path)
+    return image
+
+
+def _fast_png(data: bytes, is_label: bool) -> np.ndarray | None:
+    """Decode with imagecodecs, if that is installed: it takes about 0.6 of OpenCV's time.
+
+    None for what OpenCV must convert or judge: other depths, palettes, transparent pixels, broken files.
+    """
+    if imagecodecs is None:
         return None
+    try:
+        image: np.ndarray = imagecodecs.png_decode(data)
+    except imagecodecs.PngError:
+        return None
+    plain = image.ndim == 2 if is_label else image.shape[2:] == (3,)
+    return image if plain and image.dtype == np.uint8 else None
 
 
 def check_sizes(image: np.ndarray, label: np.ndarray, path: Path) -> None:
@@ -177,8 +204,8 @@ def open_cache(root: Path) -> Path | None:
     index = root / CACHE / "index.json"
     if not index.is_file():
         return None
-    made_from, now = read_json(index)["manifest"], read_json(root / MANIFEST)["digest"]
-    if made_from != now:
+    made_from, now = text_in(index, "manifest"), text_in(root / MANIFEST, "digest")
+    if not now or made_from != now:
         raise UsageError(
             f"{index.parent}: decoded from other files ({made_from[:12]}) than {root / MANIFEST} lists "
             f"({now[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
@@ -186,51 +213,20 @@ def open_cache(root: Path) -> Path | None:
     return index.parent
 
 
-def require_folder(dataset: str, folder: Path) -> Path:
-    """Return `folder`, or raise UsageError saying how to get the dataset."""
-    if not folder.is_dir():
-        raise UsageError(
-            f"{dataset}: no folder {folder}. Get the real dataset with `mscs data fetch {dataset}`, "
-            f"or generated scenes in the same layout with `mscs data synth {dataset}` "
-            "(both take --root; the default is $MSCS_DATA/<name>, else data/<name>)"
-        )
-    return folder
+def text_in(path: Path, key: str) -> str:
+    """Return one text of a JSON file; an empty one if the file is damaged."""
+    found = read_json(path)
+    return str(found.get(key, "")) if isinstance(found, dict) else ""
 
 
-def names_in(folder: Path, suffix: str) -> list[str]:
-    """Return the sorted names of the files in `folder` that end in `suffix`, without the suffix."""
-    with os.scandir(folder) as files:
-        return sorted(file.name.removesuffix(suffix) for file in files if file.name.endswith(suffix))
-
-
-def pair(
-    dataset: str, root: Path, images: Sequence[str], labels: Sequence[str], ids: Sequence[str]
-) -> list[Entry]:
-    """Return the entries; raise MscsError if a folder is empty or a label file is missing."""
-    existing: dict[str, set[str]] = {}
-    entries = []
-    for image, label, name in zip(images, labels, ids, strict=True):
-        folder, file = os.path.split(label)
-        if folder not in existing:
-            existing[folder] = set(os.listdir(require_folder(dataset, root / folder)))
-        if file not in existing[folder]:
-            raise MscsError(f"{root / image} has no label: {root / label} is missing. Fetch {dataset} again")
-        entries.append(Entry(name, image, label))
-    if not entries:
-        raise MscsError(f"{dataset}: found no images under {root}. Fetch the dataset again")
-    return entries
-
-
-def index_of(labels: LabelSet, entries: list[Entry]) -> Index:
-    """Return the index of a dataset whose label files hold the raw values of its label table."""
-    return Index(entries, labels.lookup(), labels.known_raw_values())
-
-
-def identity_index(labels: LabelSet, entries: list[Entry]) -> Index:
-    """Return the index of a dataset whose label files already hold training ids."""
-    ids = range(labels.num_classes)
-    identity = dataclasses.replace(labels, raw_ids=tuple((i,) for i in ids), ignored_raw_ids=(IGNORE_INDEX,))
-    return index_of(identity, entries)
-
-
-Indexer = Callable[..., Index]
+def in_parallel(
+    work: Callable[[Any], Any], items: Sequence[Any], text: str, *, workers: int | None, progress: bool
+) -> Iterator[Any]:
+    """Yield `work` of every item in order, done by threads (None: one per core) under a progress bar."""
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        jobs = [pool.submit(work, item) for item in items]
+        try:
+            for job in tqdm(jobs, desc=text, disable=None if progress else True):
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest

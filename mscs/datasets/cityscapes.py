@@ -9,29 +9,95 @@ Layout under the root folder (as the official archives unpack):
 Sample id: `<city>_<seq>_<frame>`.
 """
 
+import dataclasses
 from pathlib import Path
 
-from mscs.datasets.base import Index, identity_index, index_of, names_in, pair, require_folder
-from mscs.datasets.labels import LabelSet
+from mscs.datasets.spec import (
+    IGNORE_INDEX,
+    Index,
+    LabelSet,
+    Part,
+    Spec,
+    build_index,
+    names_in,
+    require_folder,
+)
 
 IMAGE_SUFFIX = "_leftImg8bit.png"
 RAW_SUFFIX = "_gtFine_labelIds.png"
 TRAIN_ID_SUFFIX = "_gtFine_labelTrainIds.png"
+SPLITS = {"train": 2975, "val": 500, "test": 1525}
+# Raw id, official colour, weight of the cross-entropy (of the HRNet code base), name
+CLASSES = """
+ 7  128  64 128  0.8373  road
+ 8  244  35 232  0.9180  sidewalk
+11   70  70  70  0.8660  building
+12  102 102 156  1.0345  wall
+13  190 153 153  1.0166  fence
+17  153 153 153  0.9969  pole
+19  250 170  30  0.9754  traffic light
+20  220 220   0  1.0489  traffic sign
+21  107 142  35  0.8786  vegetation
+22  152 251 152  1.0023  terrain
+23   70 130 180  0.9539  sky
+24  220  20  60  0.9843  person
+25  255   0   0  1.1116  rider
+26    0   0 142  0.9037  car
+27    0   0  70  1.0865  truck
+28    0  60 100  1.0955  bus
+31    0  80 100  1.0865  train
+32    0   0 230  1.1529  motorcycle
+33  119  11  32  1.0507  bicycle
+"""
+
+
+def _labels() -> LabelSet:
+    rows = [line.split(maxsplit=5) for line in CLASSES.strip().splitlines()]
+    return LabelSet(
+        dataset="cityscapes",
+        classes=tuple(row[5] for row in rows),
+        raw_ids=tuple((int(row[0]),) for row in rows),
+        ignored_raw_ids=(0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, -1),
+        colors=tuple((int(r), int(g), int(b)) for _, r, g, b, *_ in rows),
+        class_weights=tuple(float(row[4]) for row in rows),
+    )
 
 
 def index(labels: LabelSet, split: str, root: Path) -> Index:
     """List a split."""
-    images_root = require_folder("cityscapes", root / "leftImg8bit" / split)
-    require_folder("cityscapes", root / "gtFine" / split)
-    cities = sorted(folder.name for folder in images_root.iterdir() if folder.is_dir())
-    found = [(city, name) for city in cities for name in names_in(images_root / city, IMAGE_SUFFIX)]
-    raw = any((root / "gtFine" / split).glob(f"*/*{RAW_SUFFIX}"))
-    label_suffix = RAW_SUFFIX if raw else TRAIN_ID_SUFFIX
-    entries = pair(
-        "cityscapes",
+    images, annotations = f"leftImg8bit/{split}", f"gtFine/{split}"
+    for folder in (images, annotations):
+        require_folder("cityscapes", root / folder)
+    suffix = RAW_SUFFIX
+    if not any((root / annotations).glob(f"*/*{RAW_SUFFIX}")):
+        suffix = TRAIN_ID_SUFFIX
+        same = tuple((value,) for value in range(labels.num_classes))
+        labels = dataclasses.replace(labels, raw_ids=same, ignored_raw_ids=(IGNORE_INDEX,))
+    cities = sorted(folder.name for folder in (root / images).iterdir() if folder.is_dir())
+    return build_index(
+        labels,
         root,
-        [f"leftImg8bit/{split}/{city}/{name}{IMAGE_SUFFIX}" for city, name in found],
-        [f"gtFine/{split}/{city}/{name}{label_suffix}" for city, name in found],
-        [name for _, name in found],
+        (
+            (name, f"{images}/{city}/{name}{IMAGE_SUFFIX}", f"{annotations}/{city}/{name}{suffix}")
+            for city in cities
+            for name in names_in(root / images / city, IMAGE_SUFFIX)
+        ),
     )
-    return index_of(labels, entries) if raw else identity_index(labels, entries)
+
+
+def _part(folder: str, names: str) -> Part:
+    # Nothing is scored on the test split, so a copy without it is complete.
+    files = {f"{folder}/{split}/*/{names}": SPLITS[split] for split in ("train", "val")}
+    return Part(folder, files, package=f"{folder}_trainvaltest.zip")
+
+
+SPEC = Spec(
+    name="cityscapes",
+    label_sets=(_labels(),),
+    splits=SPLITS,
+    index=index,
+    parts=(_part("leftImg8bit", f"*{IMAGE_SUFFIX}"), _part("gtFine", "*_gtFine_label*Ids.png")),
+    home="https://www.cityscapes-dataset.com",
+    licence="own licence, non-commercial, account needed",
+    tolerance=0.6,
+)

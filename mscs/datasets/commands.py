@@ -1,21 +1,16 @@
 """`mscs data`: fetch, synth, prepare, verify, info, show. Light: every handler imports what it needs."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mscs.datasets.labels import DATASETS, check_dataset, label_set
+from mscs.datasets.registry import DATASETS, dataset_spec
+from mscs.datasets.spec import default_root
 from mscs.errors import UsageError
 
 Handler = Callable[[argparse.Namespace], int]
-
-
-def default_root(name: str) -> Path:
-    """Return the folder of a dataset: $MSCS_DATA/<name>, else data/<name>."""
-    return Path(os.environ.get("MSCS_DATA", "data")) / name
 
 
 def add_data_commands(subparsers: Any) -> None:
@@ -55,7 +50,7 @@ def add_data_commands(subparsers: Any) -> None:
     show = _command(commands, "show", "write a contact sheet of images and labels", _show)
     show.add_argument("--split", default="train", help="split (default: %(default)s)")
     show.add_argument("--n", type=int, default=4, help="number of samples (default: %(default)s)")
-    show.add_argument("--task", type=int, help="CaDIS task: 1, 2 or 3")
+    show.add_argument("--task", type=int, help="task, for a dataset that has several (CaDIS: 1, 2 or 3)")
     show.add_argument("--out", type=Path, help="PNG file (default: DATASET-SPLIT.png)")
 
 
@@ -70,8 +65,7 @@ def _command(commands: Any, name: str, text: str, handler: Handler) -> argparse.
 
 
 def _root(args: argparse.Namespace) -> Path:
-    check_dataset(args.dataset)
-    return args.root or default_root(args.dataset)
+    return args.root or default_root(dataset_spec(args.dataset).name)
 
 
 def _fetch(args: argparse.Namespace) -> int:
@@ -80,7 +74,7 @@ def _fetch(args: argparse.Namespace) -> int:
     root = _root(args)
     added = fetch(args.dataset, root, given=args.given, keep_archives=args.keep_archives)
     print(f"{root}: {'added ' + ', '.join(added) if added else 'everything is there'}")
-    next_step = "prepare" if args.dataset == "pascal_context" else "verify"
+    next_step = "prepare" if DATASETS[args.dataset].prepare else "verify"
     print(f"Next: mscs data {next_step} {args.dataset}")
     return 0
 
@@ -96,15 +90,15 @@ def _synth(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from mscs.datasets.prepare import build_cache, cache_bytes, convert_pascal_context
-
     root = _root(args)
-    if args.dataset == "pascal_context":
-        number = convert_pascal_context(root)
+    if convert := DATASETS[args.dataset].prepare:
+        number = convert(root)
         print(f"{root}: {f'converted {number} label files' if number else 'labels are converted'}")
     elif not args.cache:
         print(f"{args.dataset} needs no preparation; --cache decodes its images for faster reading")
     if args.cache:
+        from mscs.datasets.prepare import build_cache, cache_bytes
+
         print(f"decoded images and labels will take {cache_bytes(args.dataset, root) / 1e9:.1f} GB")
         if not args.yes and (not sys.stdin.isatty() or input("Write them? [y/N] ").strip().lower() != "y"):
             raise UsageError("nothing written; add --yes to write the cache")
@@ -116,37 +110,30 @@ def _verify(args: argparse.Namespace) -> int:
     from mscs.datasets.verify import verify
 
     root = _root(args)
-    report = verify(args.dataset, root, workers=args.workers)
-    report.raise_problems()
-    print(f"{root}: sound ({_counts(report.manifest['splits'])}), digest {report.manifest['digest']}")
+    manifest = verify(args.dataset, root, workers=args.workers)
+    print(f"{root}: sound ({_counts(manifest['splits'])}), digest {manifest['digest']}")
     return 0
 
 
-def _counts(splits: dict[str, int]) -> str:
+def _counts(splits: Mapping[str, int]) -> str:
     return ", ".join(f"{split} {count}" for split, count in splits.items())
 
 
 def _info(args: argparse.Namespace) -> int:
-    from mscs.datasets.fetch import SOURCES
-    from mscs.results import read_json
-
-    root, source = _root(args), SOURCES[args.dataset]
-    tasks = (1, 2, 3) if args.dataset == "cadis" else (None,)
-    labels = label_set(args.dataset)
-    print(f"{args.dataset}: {source.home} ({source.licence})")
-    print(f"  images: {_counts(labels.split_counts)}")
-    for task in tasks:
-        chosen = label_set(args.dataset, task)
-        print(
-            f"  {f'task {task}, ' if task else ''}{chosen.num_classes} classes: {', '.join(chosen.classes)}"
-        )
-    manifest = root / "manifest.json"
+    root, spec = _root(args), DATASETS[args.dataset]
+    print(f"{spec.name}: {spec.home} ({spec.licence})")
+    print(f"  images: {_counts(spec.splits)}")
+    for labels in spec.label_sets:
+        task = f"task {labels.task}, " if labels.task else ""
+        print(f"  {task}{labels.num_classes} classes: {', '.join(labels.classes)}")
     if not root.is_dir():
         print(f"  {root}: not there; `mscs data fetch {args.dataset}` or `mscs data synth {args.dataset}`")
-    elif not manifest.is_file():
+    elif not (root / "manifest.json").is_file():
         print(f"  {root}: not verified yet; `mscs data verify {args.dataset}`")
     else:
-        found = read_json(manifest)
+        from mscs.datasets.verify import read_manifest
+
+        found = read_manifest(args.dataset, root)
         kind = "generated scenes" if found["generated"] else "verified"
         print(f"  {root}: {kind}, {_counts(found['splits'])}, digest {found['digest']}")
         print(f"  cache of decoded images: {'yes' if (root / 'decoded/index.json').is_file() else 'no'}")
@@ -154,7 +141,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from mscs.datasets.build import build_dataset
+    from mscs.datasets.base import build_dataset
     from mscs.datasets.show import write_contact_sheet
 
     dataset = build_dataset(args.dataset, args.split, _root(args), args.task)

@@ -1,219 +1,177 @@
-"""Download one file: resumed, retried, checked, atomic. Standard library and a progress bar only.
+"""Download one archive: with pooch from an address, or with the official Cityscapes downloader."""
 
-While a download runs its bytes are in `<file>.part`; the file itself appears only when it is whole and
-checked. Where a publisher gives no checksum, the SHA-256 of the first download is written to `checksums.json`
-beside the file, and later downloads of the same address must match it.
-"""
-
-import contextlib
-import errno
-import hashlib
-import http.client
-import json
+import getpass
 import os
-import shutil
+import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
-from mscs.errors import MscsError
-from mscs.results import write_json
+from mscs.datasets.archive import require_space
+from mscs.datasets.spec import Part
+from mscs.errors import MscsError, UsageError
 
+try:
+    import requests
+    from cityscapesscripts.download import downloader
+    from pooch import HTTPDownloader, Pooch, file_hash
+except ImportError as error:
+    raise UsageError(f"downloads need more packages ({error}): pip install 'mscs[data]'") from error
+
+RETRIES = 5
+LONGEST_PAUSE_S = 60
 CHUNK = 1 << 20
-TIMEOUT_S = 60
-MIN_FREE_AFTER = 64 << 20  # bytes that a download must leave free
-RECORD = "checksums.json"
+CITYSCAPES_LOGIN = "https://www.cityscapes-dataset.com/login"
 
 
-@dataclass(frozen=True)
-class Retry:
-    """How often a dropped connection or a busy server is tried again, and the first pause in seconds."""
+def download(part: Part, folder: Path, checksum: str | None, progress: bool) -> Path:
+    """Return the downloaded file of a part; one that is there with the right checksum is used as it is."""
+    name = part.url.rsplit("/", 1)[-1]
 
-    tries: int = 6
-    pause: float = 1.0
+    def receive(url: str, output: str, _pooch: Any) -> None:
+        with (
+            open(output, "wb") as file,
+            tqdm(desc=name, total=part.max_bytes, unit="B", unit_scale=True, disable=not progress) as bar,
+        ):
+            checked = _Checked(file, part)
+            headers, hooks = {"Accept-Encoding": "identity"}, {"response": checked.look_at}
+            HTTPDownloader(bar, CHUNK, headers=headers, hooks=hooks, timeout=60)(url, checked, None)
+        if checked.announced and checked.left:
+            raise requests.ConnectionError(f"the connection broke {checked.left} bytes before the end")
+        if checksum and file_hash(output, checksum.split(":")[0]) != checksum.split(":")[1]:
+            raise MscsError(
+                f"{url}: wrong checksum, expected {checksum}. Get it elsewhere and use --from PATH"
+            )
 
-    def wait(self, failures: int) -> None:
-        """Sleep: twice as long after every further failure."""
-        time.sleep(self.pause * 2 ** (failures - 1))
-
-
-class _Interrupted(Exception):
-    """The connection ended early or the server was busy: worth another try."""
-
-
-def download(
-    url: str,
-    path: Path,
-    *,
-    checksum: str | None = None,
-    retry: Retry | None = None,
-    progress: bool = True,
-) -> str:
-    """Bring `url` to `path` and return its SHA-256. A `.part` file of an earlier attempt is continued.
-
-    Args:
-        url: http or https address.
-        path: the file to write; its folder is made.
-        checksum: published sum, e.g. "sha1:bf99..."; None means: as recorded at the first download.
-        retry: number of tries and first pause; doubles after every failure without progress.
-        progress: show a bar on stderr.
-
-    Raises:
-        MscsError: access refused, not found, no space, wrong checksum, or still failing after the last try.
-    """
-    retry = retry or Retry()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    failures = 0
-    while True:
-        before = _size(part)
-        try:
-            _receive(url, part, progress)
-            break
-        except _Interrupted as error:
-            failures = 1 if _size(part) > before else failures + 1
-            if failures >= retry.tries:
-                raise MscsError(
-                    f"{url}: {error}; gave up after {failures} tries. "
-                    f"Run the same command again: it goes on from {part}"
-                ) from error
-            retry.wait(failures)
-    sha256 = _check(url, part, checksum)
-    os.replace(part, path)
-    _tag_of(part).unlink(missing_ok=True)
-    return sha256
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise MscsError unless `needed` bytes and a margin are free in `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + MIN_FREE_AFTER:
-        raise MscsError(
-            f"{folder}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
-            "Free some space or choose another folder with --root or MSCS_DATA"
-        )
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into an MscsError that names the path."""
+    manager = Pooch(folder, "", registry={name: checksum}, urls={name: part.url}, retry_if_failed=RETRIES)
     try:
-        yield
+        return Path(manager.fetch(name, downloader=receive))
+    except requests.RequestException as error:
+        raise MscsError(f"{part.url}: {error}; gave up after {RETRIES + 1} tries") from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise MscsError(f"{path}: cannot write ({error.strerror})") from error
-        raise
+        raise MscsError(f"{folder}: cannot write ({error.strerror})") from error
 
 
-def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """Return the hexadecimal checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+class _Checked:
+    """The file that pooch writes a download to, since pooch itself limits neither answer nor length."""
+
+    def __init__(self, file: IO[bytes], part: Part) -> None:
+        self.file, self.part, self.left, self.announced = file, part, part.max_bytes, False
+        self.flush = file.flush
+
+    def look_at(self, response: requests.Response, **_: Any) -> None:
+        """Raise MscsError for an answer that asking again will not mend; wait while a server is busy."""
+        status, length = response.status_code, response.headers.get("Content-Length", "")
+        if status == 429 or status >= 500:
+            wait = response.headers.get("Retry-After", "")
+            time.sleep(min(int(wait), LONGEST_PAUSE_S) if wait.isdecimal() else 0)
+        elif not response.is_redirect:
+            refuse_page(response)
+            encoding = response.headers.get("Content-Encoding", "identity")
+            if status != requests.codes.ok or encoding != "identity":
+                what = f"HTTP {status}, encoding {encoding!r}"
+                raise MscsError(f"{self.part.url}: {what}. Get it elsewhere and use --from PATH")
+            if length:
+                if not length.isdecimal() or int(length) > self.part.max_bytes:
+                    raise MscsError(f"{self.part.url}: refused, announces {length!r} bytes")
+                self.left, self.announced = int(length), True
+            require_space(Path(self.file.name).parent, int(length or 0))
+
+    def write(self, chunk: bytes) -> None:
+        self.left -= len(chunk)
+        if self.left < 0:
+            raise MscsError(f"{self.part.url}: refused, sends more bytes than announced or plausible")
+        require_space(Path(self.file.name).parent, len(chunk))
+        self.file.write(chunk)
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def refuse_page(response: requests.Response) -> None:
+    """Raise MscsError for a web page where a file was asked for."""
+    if response.ok and "html" in response.headers.get("Content-Type", ""):
+        raise MscsError(f"{response.url}: a web page, not a file (a login?). Use a browser and --from PATH")
 
 
-def _tag_of(part: Path) -> Path:
-    """Return the file that remembers which version of the remote file `part` belongs to."""
-    return part.with_name(part.name + ".tag")
+def cityscapes_package(package: str, folder: Path) -> Path:
+    """Return one archive, got with the official downloader: it resumes and compares the published MD5.
 
-
-def _receive(url: str, part: Path, progress: bool) -> None:
-    """Append the rest of the remote file to `part`, or start over where the server cannot continue."""
-    tag_file = _tag_of(part)
-    have = _size(part) if tag_file.exists() else 0
-    headers = {"User-Agent": "mscs", "Accept-Encoding": "identity"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": tag_file.read_text()}
+    What has arrived stays in `folder`/partial, whatever goes wrong, unless its MD5 is wrong.
+    """
+    target, partial = folder / package, folder / "partial" / package
+    if target.exists():
+        return target
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    session = requests.Session()
+    session.hooks["response"].append(lambda response, **_: _look_at_cityscapes(response, partial))
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        _refused(url, error, part)
-    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-        raise _Interrupted(f"no answer ({getattr(error, 'reason', error)})") from error
-    with response:
-        if not (response.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-            have = 0  # the server sends the whole file
-        length = int(response.headers["Content-Length"]) if response.headers["Content-Length"] else None
-        require_space(part.parent, length or 0)
-        tag = response.headers["ETag"] or response.headers["Last-Modified"]
-        with disk_errors(part):
-            if tag and not tag.startswith("W/"):
-                tag_file.write_text(tag)
-            else:
-                tag_file.unlink(missing_ok=True)
-            _copy(response, part, have, length, progress)
-
-
-def _copy(response: Any, part: Path, have: int, length: int | None, progress: bool) -> None:
-    received = 0
-    bar = tqdm(
-        total=None if length is None else have + length,
-        initial=have,
-        unit="B",
-        unit_scale=True,
-        desc=part.stem,
-        disable=not progress,
-    )
-    with part.open("r+b" if have else "wb") as file, bar:
-        file.seek(have)
-        while True:
+        _log_in(session)
+        for attempt in range(RETRIES + 1):
             try:
-                chunk = response.read(CHUNK)
-            except (OSError, http.client.HTTPException) as error:
-                raise _Interrupted(f"connection lost after {have + received} bytes") from error
-            if not chunk:
+                downloader.download_packages(
+                    session=session,
+                    package_names=[package],
+                    destination_path=str(partial.parent),
+                    resume=True,
+                )
                 break
-            file.write(chunk)
-            received += len(chunk)
-            bar.update(len(chunk))
-    if length is not None and received < length:
-        raise _Interrupted(f"connection closed after {have + received} of {have + length} bytes")
+            except requests.RequestException:
+                if attempt == RETRIES:
+                    raise
+                time.sleep(attempt + 1)
+    except MscsError:
+        raise
+    except Exception as error:  # bare ones: unknown package or no access, wrong MD5
+        if "MD5" in str(error):
+            partial.unlink()
+        raise MscsError(f"{package}: {error}. Run the same command again: it goes on") from error
+    os.replace(partial, target)
+    return target
 
 
-def _refused(url: str, error: urllib.error.HTTPError, part: Path) -> None:
-    """Raise what an HTTP error means."""
-    status = error.code
-    if status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        part.unlink(missing_ok=True)
-        raise _Interrupted("the partial file did not fit the remote one; starting over") from error
-    if status in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+def _log_in(session: requests.Session) -> None:
+    """Log in with CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD, or ask; neither is stored or printed."""
+    user, password = (os.environ.get(f"CITYSCAPES_{key}") for key in ("USERNAME", "PASSWORD"))
+    if not (user and password) and not sys.stdin.isatty():
+        raise UsageError("Cityscapes needs an account: set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD")
+    user = user or input("Cityscapes user name or email: ")
+    password = password or getpass.getpass("Cityscapes password: ")
+    session.get(CITYSCAPES_LOGIN, allow_redirects=False).raise_for_status()
+    form = {"username": user, "password": password, "submit": "Login"}
+    answer = session.post(CITYSCAPES_LOGIN, data=form, allow_redirects=False)
+    answer.raise_for_status()
+    if answer.status_code != requests.codes.found:  # the site redirects after a successful login only
         raise MscsError(
-            f"{url}: access refused (HTTP {status}). Download it in a browser and use --from PATH"
-        ) from error
-    if status in (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.GONE):
-        raise MscsError(
-            f"{url}: not there any more (HTTP {status}). Get the archive elsewhere and use --from PATH"
-        ) from error
-    if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR or status == http.HTTPStatus.TOO_MANY_REQUESTS:
-        raise _Interrupted(f"server busy (HTTP {status})") from error
-    raise MscsError(f"{url}: HTTP {status} {error.reason}") from error
-
-
-def _check(url: str, part: Path, checksum: str | None) -> str:
-    """Compare with the published sum, else with the recorded one, else record; return the SHA-256."""
-    sha256 = file_digest(part)
-    record = part.parent / RECORD
-    known = json.loads(record.read_text()) if record.exists() else {}
-    if checksum is None:
-        expected = known.get(url, {}).get("sha256", sha256)
-        found, source = (
-            sha256,
-            f"recorded in {record} at the first download; remove that entry to accept the new file",
+            "Cityscapes refused the account. Check CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD, "
+            "or register at https://www.cityscapes-dataset.com/register/"
         )
-    else:
-        algorithm, expected = checksum.split(":")
-        found, source = file_digest(part, algorithm), "published"
-    if found != expected:
-        part.unlink()
-        raise MscsError(f"{url}: wrong checksum {found}, expected {expected} ({source})")
-    write_json(record, known | {url: {"size": part.stat().st_size, "sha256": sha256}})
-    return sha256
+
+
+def _look_at_cityscapes(response: requests.Response, partial: Path) -> None:
+    """Keep out of the partial file what does not belong behind its last byte."""
+    if "file-handling" not in response.url:
+        return
+    refuse_page(response)
+    have, status = partial.stat().st_size, response.status_code
+    place = response.headers.get("Content-Range", "")
+    if status == requests.codes.requested_range_not_satisfiable:
+        # All of it is there, only its MD5 was not compared yet: have the last byte sent once more.
+        total = place.rpartition("/")[2]
+        os.truncate(partial, max(0, min(have, int(total) if total.isdecimal() else have) - 1))
+    elif status == requests.codes.partial_content and not place.startswith(f"bytes {have}-"):
+        raise MscsError(f"{partial.name}: the server does not go on at byte {have}. Try again later")
+    elif response.ok:
+        starts_over = status == requests.codes.ok
+        length = int(response.headers.get("Content-Length", 0))
+        require_space(partial.parent, length - have if starts_over else length)
+        if starts_over:
+            os.truncate(partial, 0)  # the downloader appends
+        chunks = response.iter_content
+
+        def while_space_is_left(**options: Any) -> Iterator[bytes]:
+            for chunk in chunks(**options):
+                require_space(partial.parent, len(chunk))
+                yield chunk
+
+        response.iter_content = while_space_is_left  # type: ignore[assignment]

@@ -7,46 +7,150 @@ Layout under the root folder:
     SegmentationClassContext59/<id>.png                       8 bit, 0..59
 
 Label value 0 is ignored, 1..59 are the classes in the order of the label table. The real dataset comes with
-`trainval/<id>.mat` (459 classes, key LabelMap), `labels.txt` and `59_labels.txt` in the root folder;
+`trainval/<id>.mat` (459 classes, key LabelMap) and their list `labels.txt` in the root folder;
 `mscs data prepare pascal_context` converts them once to SegmentationClassContext59. Sample id: `<id>`.
 """
 
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mscs.datasets.base import Index, index_of, pair, require_folder
-from mscs.datasets.labels import LabelSet
+from mscs.datasets.spec import Index, LabelSet, Part, Spec, build_index, numbered_labels, require_folder
 from mscs.errors import MscsError, UsageError
+from mscs.results import atomic_path
+
+if TYPE_CHECKING:
+    import numpy as np
 
 VOC = "VOCdevkit/VOC2010"
 LABEL_FOLDER = "SegmentationClassContext59"
 MAT_FOLDER = "trainval"
-
-
-def split_ids(root: Path, split: str) -> list[str]:
-    """Return the ids in the official list of a split."""
-    path = require_folder("pascal_context", root / VOC / "ImageSets" / "Main") / f"{split}.txt"
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise MscsError(
-            f"{path}: cannot read this list of images ({error}). Fetch pascal_context again"
-        ) from error
-    return [line.split()[0] for line in lines if line.strip()]
+HOME = "https://cs.stanford.edu/~roozbeh/pascal-context"
+SPLITS = {"train": 4998, "val": 5105}
+CLASSES = """
+aeroplane, bag, bed, bedclothes, bench, bicycle, bird, boat, book, bottle, building, bus, cabinet, car, cat,
+ceiling, chair, cloth, computer, cow, cup, curtain, dog, door, fence, floor, flower, food, grass, ground,
+horse, keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep,
+shelves, sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window,
+wood
+"""
 
 
 def index(labels: LabelSet, split: str, root: Path) -> Index:
     """List a split."""
-    names = split_ids(root, split)
+    path = require_folder("pascal_context", root / VOC / "ImageSets" / "Main") / f"{split}.txt"
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MscsError(
+            f"{path}: cannot read this list of images ({error}). Fetch pascal_context again"
+        ) from error
     if not (root / LABEL_FOLDER).is_dir() and (root / MAT_FOLDER).is_dir():
         raise UsageError(
             f"pascal_context: no folder {root / LABEL_FOLDER}, but the 459-class annotations are there. "
             f"Convert them once with `mscs data prepare pascal_context --root {root}`"
         )
-    entries = pair(
-        "pascal_context",
-        root,
-        [f"{VOC}/JPEGImages/{name}.jpg" for name in names],
-        [f"{LABEL_FOLDER}/{name}.png" for name in names],
-        names,
-    )
-    return index_of(labels, entries)
+    names = [line.split()[0] for line in lines if line.strip()]
+    samples = ((name, f"{VOC}/JPEGImages/{name}.jpg", f"{LABEL_FOLDER}/{name}.png") for name in names)
+    return build_index(labels, root, samples)
+
+
+def context_lookup(root: Path) -> "np.ndarray":
+    """Return uint8 (460,): from the 459 classes of Pascal-Context to 1..59, everything else 0.
+
+    Raises:
+        MscsError: the archive's list of names is missing, or lacks one of the 59 classes.
+    """
+    import numpy as np
+
+    classes = SPEC.labels().classes
+    places = (root / "labels.txt", root / MAT_FOLDER / "labels.txt")
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise MscsError(
+            f"{places[0]}: the list of the 459 class names is missing. Fetch pascal_context again"
+        )
+    found = re.findall(r"^\s*(\d+)\s*:\s*(.+?)\s*$", path.read_text(errors="replace"), flags=re.MULTILINE)
+    numbers = {name: int(number) for number, name in found}
+    missing = [name for name in classes if name not in numbers]
+    if missing:
+        raise MscsError(
+            f"{path}: has no class named {', '.join(missing)}. Expected the list of 459 names; "
+            "remove it and fetch pascal_context again"
+        )
+    table = np.zeros(max(459, *numbers.values()) + 1, np.uint8)
+    for value, name in enumerate(classes, 1):
+        table[numbers[name]] = value
+    return table
+
+
+def convert_labels(root: Path, *, progress: bool = True) -> int:
+    """Write SegmentationClassContext59 from the .mat files; return how many were converted.
+
+    Interrupted, it goes on where it was; the folder appears when it is complete.
+    """
+    import cv2
+
+    from mscs.datasets.base import in_parallel
+
+    target = root / LABEL_FOLDER
+    if target.is_dir():
+        return 0
+    if not (root / MAT_FOLDER).is_dir():
+        raise UsageError(
+            f"pascal_context: no folder {root / MAT_FOLDER}. Run `mscs data fetch pascal_context` first"
+        )
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise UsageError("reading .mat files needs SciPy: pip install 'mscs[data]'") from error
+    table = context_lookup(root)
+    staging = root / f".{LABEL_FOLDER}"
+    staging.mkdir(exist_ok=True)
+
+    def convert(path: Path) -> None:
+        out = staging / f"{path.stem}.png"
+        if out.exists():
+            return
+        try:
+            label = table[loadmat(path)["LabelMap"]]
+        except Exception as error:  # SciPy raises many kinds on a broken file
+            raise MscsError(f"{path}: broken annotation ({error}). Fetch pascal_context again") from error
+        with atomic_path(out) as temporary:
+            temporary.write_bytes(cv2.imencode(".png", label)[1].tobytes())
+
+    paths = sorted((root / MAT_FOLDER).glob("*.mat"))
+    if not paths:
+        raise MscsError(f"{root / MAT_FOLDER}: holds no .mat file. Fetch pascal_context again")
+    for _ in in_parallel(convert, paths, "converting labels", workers=None, progress=progress):
+        pass
+    staging.rename(target)
+    return len(paths)
+
+
+SPEC = Spec(
+    name="pascal_context",
+    label_sets=(numbered_labels("pascal_context", CLASSES),),
+    splits=SPLITS,
+    index=index,
+    parts=(
+        Part(
+            "VOCdevkit",
+            {f"{VOC}/JPEGImages/*.jpg": sum(SPLITS.values())}
+            | {f"{VOC}/ImageSets/Main/{split}.txt": 1 for split in SPLITS},
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2010/VOCtrainval_03-May-2010.tar",
+            "sha1:bf9985e9f2b064752bf6bd654d89f017c76c395a",
+        ),
+        Part(
+            MAT_FOLDER,
+            {f"{MAT_FOLDER}/*.mat": sum(SPLITS.values())},
+            f"{HOME}/trainval.tar.gz",
+            max_bytes=1 << 30,
+        ),
+        Part("labels.txt", {"labels.txt": 1}, f"{HOME}/labels.txt", max_bytes=1 << 20),
+    ),
+    home=HOME,
+    licence="photographs: Flickr terms of use, as for Pascal VOC",
+    tolerance=0.7,
+    prepare=convert_labels,
+)

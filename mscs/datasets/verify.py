@@ -5,134 +5,89 @@ result, and in the pipeline the manifest is what stages depend on, never the ima
 """
 
 import hashlib
-import itertools
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from mscs.datasets.base import MANIFEST, Dataset, Entry, check_sizes, decode_image, decode_label, read_bytes
-from mscs.datasets.build import build_dataset
-from mscs.datasets.labels import GENERATED, label_set
+from mscs.datasets.base import (
+    MANIFEST,
+    Dataset,
+    build_dataset,
+    check_sizes,
+    decode_image,
+    decode_label,
+    in_parallel,
+    read_bytes,
+)
+from mscs.datasets.registry import dataset_spec
+from mscs.datasets.spec import GENERATED, Entry
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_json, write_json
 
 SHOWN_PROBLEMS = 20
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `verify` found."""
-
-    manifest: dict[str, Any]
-    """dataset, generated (bool), splits (name to count), digest, files ("<sha256> <size> <path>")."""
-    problems: list[str]
-    """One sentence each, beginning with the path where it concerns a file."""
-
-    def raise_problems(self) -> None:
-        """Raise MscsError naming the problems, if any."""
-        if self.problems:
-            more = len(self.problems) - SHOWN_PROBLEMS
-            raise MscsError(
-                f"{self.manifest['dataset']}: {len(self.problems)} problems\n"
-                + "\n".join(f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS])
-                + (f"\n  ... and {more} more" if more > 0 else "")
-            )
-
-
-def manifest(name: str, root: Path, task: int | None = None, *, progress: bool = True) -> dict[str, Any]:
-    """Verify a dataset and return its manifest; raise MscsError if anything is wrong with it."""
-    report = verify(name, root, task, progress=progress)
-    report.raise_problems()
-    return report.manifest
-
-
-def verify(
-    name: str, root: Path, task: int | None = None, *, workers: int | None = None, progress: bool = True
-) -> Report:
+def verify(name: str, root: Path, *, workers: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Check counts, decode every image and label, compare sizes, look for unknown label values.
 
     Args:
-        name: cityscapes, ade20k, pascal_context or cadis.
-        root: the dataset's root folder; `manifest.json` is written into it when all is well
-            and the folder can be written to.
-        task: CaDIS only; does not change the outcome.
+        name: one of `DATASETS`.
+        root: the dataset's root folder; `manifest.json` is written into it if the folder can be written to.
         workers: threads; None means one per core.
         progress: show a bar on stderr.
 
+    Returns:
+        The manifest: dataset, generated (bool), splits (name to count), digest, files ("<sha256> <size>
+        <path>").
+
     Raises:
         UsageError: unknown dataset, or nothing of it in `root`.
+        MscsError: something is wrong with it; every problem is named, up to `SHOWN_PROBLEMS`.
     """
     marker = root / GENERATED
     generated = read_json(marker) if marker.is_file() else None
-    expected = (
-        {split: generated[split] for split in ("train", "val")} if generated else label_set(name).split_counts
-    )
-    datasets, problems = _open_splits(name, root, task, expected)
-    files: dict[str, str] = {}
+    expected = dataset_spec(name).splits
+    if generated:
+        expected = {split: generated[split] for split in expected if split in generated}
+    datasets: list[Dataset] = []
+    problems: list[str] = []
+    for split, count in expected.items():
+        try:
+            datasets.append(build_dataset(name, split, root))
+            if len(datasets[-1]) != count:
+                problems.append(f"split {split}: {len(datasets[-1])} images, expected {count}")
+        except MscsError as error:
+            problems.append(f"split {split}: {error}")
+    if not datasets:
+        raise UsageError("\n  ".join([f"{name}: no split can be read", *problems]))
     entries = [(dataset, entry) for dataset in datasets for entry in dataset.entries]
-    for lines, problem in _in_parallel(entries, workers, f"verifying {name}", progress):
+    files: dict[str, str] = {}
+    for lines, found in in_parallel(_check, entries, f"verifying {name}", workers=workers, progress=progress):
         files |= lines
-        problems += problem
+        problems += found
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        rest = [f"... and {more} more"] if more > 0 else []
+        raise MscsError("\n  ".join([f"{name}: {len(problems)} problems", *problems[:SHOWN_PROBLEMS], *rest]))
     listing = [files[path] for path in sorted(files)]
-    found = {
+    manifest = {
         "dataset": name,
         "generated": generated is not None,
         "splits": {dataset.split: len(dataset) for dataset in datasets},
         "digest": _digest(listing),
         "files": listing,
     }
-    if not problems and os.access(root, os.W_OK):  # data may be mounted read-only
-        write_json(root / MANIFEST, found)
-    return Report(found, problems)
+    if os.access(root, os.W_OK):  # data may be mounted read-only
+        write_json(root / MANIFEST, manifest)
+    return manifest
 
 
-def _open_splits(
-    name: str, root: Path, task: int | None, expected: dict[str, int]
-) -> tuple[list[Dataset], list[str]]:
-    """Open every split that is there; return the datasets and what is wrong with their number of images."""
-    datasets: list[Dataset] = []
-    problems: list[str] = []
-    for split, count in expected.items():
-        try:
-            dataset = build_dataset(name, split, root, task)
-        except UsageError as error:
-            if not datasets and split == list(expected)[-1]:
-                raise
-            problems.append(f"split {split}: {error}")
-            continue
-        except MscsError as error:
-            problems.append(str(error))
-            continue
-        datasets.append(dataset)
-        if len(dataset) != count:
-            problems.append(f"split {split}: {len(dataset)} images, expected {count}")
-    if not datasets:
-        raise MscsError("\n  ".join([f"{name}: no split can be read", *problems]))
-    return datasets, problems
-
-
-def _in_parallel(
-    entries: list[tuple[Dataset, Entry]], workers: int | None, text: str, progress: bool
-) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Yield `_check` of every entry, in order."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        jobs = [pool.submit(_check, *entry) for entry in entries]
-        try:
-            for job in tqdm(jobs, desc=text, disable=None if progress else True):
-                yield job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest
-
-
-def _check(dataset: Dataset, entry: Entry) -> tuple[dict[str, str], list[str]]:
+def _check(item: tuple[Dataset, Entry]) -> tuple[dict[str, str], list[str]]:
     """Return the manifest lines of a sample's files by path, and what is wrong with them."""
+    dataset, entry = item
     lines, decoded, problems = {}, [], []
     for path, decode in ((entry.image, decode_image), (entry.label, decode_label)):
         try:
@@ -147,18 +102,58 @@ def _check(dataset: Dataset, entry: Entry) -> tuple[dict[str, str], list[str]]:
             check_sizes(image, label, dataset.root / entry.label)
         except MscsError as error:
             problems.append(str(error))
-        unknown = _values(label) - dataset.known_raw_values
+        counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()
+        unknown = sorted({*np.flatnonzero(counts).tolist()} - dataset.known_raw_values)
         if unknown:
-            problems.append(f"{dataset.root / entry.label}: unknown label values {sorted(unknown)}")
+            problems.append(f"{dataset.root / entry.label}: unknown label values {unknown}")
     return lines, problems
 
 
-def _values(label: np.ndarray) -> frozenset[int]:
-    counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()
-    return frozenset(np.flatnonzero(counts).tolist())
+def read_manifest(name: str, root: Path) -> dict[str, Any]:
+    """Return the manifest in `root`; UsageError if there is none, MscsError if it is damaged."""
+    path = root / MANIFEST
+    again = f"Run `mscs data verify {name} --root {root}`"
+    if not path.is_file():
+        raise UsageError(f"{path}: not there. {again} first")
+    found = read_json(path)
+    try:
+        sound = found["dataset"] == name and found["digest"] == _digest(found["files"])
+        sound = sound and bool(found["splits"]) and found["generated"] in (True, False)
+        sound = sound and all(int(line.split(" ", 2)[1]) and line.split(" ", 2)[2] for line in found["files"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        sound = False
+    if not sound:
+        raise MscsError(f"{path}: damaged, or of another dataset than {name}. {again}")
+    return found
 
 
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256(
-        "".join(itertools.chain.from_iterable((line, "\n") for line in lines)).encode()
-    ).hexdigest()
+def check_manifest(name: str, root: Path) -> str:
+    """Compare the files in `root` with its manifest, by name and size; return the manifest's digest.
+
+    Fast enough to run before every training: no image is read.
+
+    Raises:
+        UsageError: no manifest.
+        MscsError: files are missing, were added, or have another size.
+    """
+    manifest = read_manifest(name, root)
+    sizes = {path: int(size) for _, size, path in (line.split(" ", 2) for line in manifest["files"])}
+    entries = [entry for s in manifest["splits"] for entry in dataset_spec(name).open_index(s, root).entries]
+    listed = {path for entry in entries for path in (entry.image, entry.label)}
+    problems = []
+    for path, size in sizes.items():
+        actual = (root / path).stat().st_size if (root / path).is_file() else None
+        if actual != size:
+            problems.append(f"{path}: {'missing' if actual is None else f'{actual} bytes, not {size}'}")
+    problems += [f"{path}: not in the manifest" for path in sorted(listed - sizes.keys())]
+    problems += [f"{path}: in the manifest, but in no split" for path in sorted(sizes.keys() - listed)]
+    if problems:
+        raise MscsError(
+            f"{root}: {len(problems)} files do not fit {MANIFEST}, such as {problems[0]}. Fetch the dataset "
+            f"again, or run `mscs data verify {name} --root {root}` if it was changed on purpose"
+        )
+    return manifest["digest"]
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mscs.models.backbone import fetch_pretrained
     from mscs.models.base import ModelOutput, SegmentationModel
     from mscs.models.build import build_model, count_parameters
     from mscs.models.convert import load_official, load_upstream
+    from mscs.models.pretrained import fetch_pretrained
     from mscs.models.sync_batchnorm import convert_sync_batchnorm
     from mscs.models.weights import read_state_dict
 
@@ -20,7 +20,7 @@ _HOMES = {
     "build_model": "build",
     "convert_sync_batchnorm": "sync_batchnorm",
     "count_parameters": "build",
-    "fetch_pretrained": "backbone",
+    "fetch_pretrained": "pretrained",
     "load_official": "convert",
     "load_upstream": "convert",
     "read_state_dict": "weights",

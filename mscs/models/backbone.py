@@ -1,6 +1,6 @@
 """Backbones: timm's networks as feature pyramids, with the corrections that segmentation needs.
 
-The only file that imports timm. A backbone returns its feature maps as (B, C, H/s, W/s), fine to coarse.
+A backbone returns its feature maps as (B, C, H/s, W/s), fine to coarse.
 """
 
 import difflib
@@ -21,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mscs.errors import UsageError, unknown_name
 from mscs.models.layers import resize
-from mscs.models.pretrained import PINNED_TAGS, fetch_weights
+from mscs.models.pretrained import fetch_pretrained, require_all, tagged_name
 from mscs.models.weights import read_state_dict
+
+LONGEST_TEXT = 400  # of a message of timm's, which may name every tensor of a network
 
 
 class Backbone(nn.Module):
@@ -218,7 +220,7 @@ def build_backbone(
     options = dict(backbone_options or {})
     weights = None
     if pretrained is True:
-        name = _tagged(name)
+        name = tagged_name(name)
         pretrained = fetch_pretrained(name)
     if pretrained is not False:
         weights = read_state_dict(pretrained)
@@ -233,9 +235,10 @@ def build_backbone(
             backbone = _build_other(name, drop_path_rate, output_stride, options)
     except (RuntimeError, TypeError, LookupError, NotImplementedError, AssertionError) as error:
         options.pop("pretrained_cfg_overlay", None)
-        raise UsageError(f"timm cannot make a feature pyramid of {name!r} with {options}: {error}") from error
+        text = " ".join(str(error).split())[:LONGEST_TEXT]
+        raise UsageError(f"timm cannot make a feature pyramid of {name!r} with {options}: {text}") from error
     if weights is not None:
-        _require_all(backbone.body, weights)
+        require_all(backbone.body, weights)
     if checkpointing:
         _enable_checkpointing(backbone)
     return backbone
@@ -253,60 +256,6 @@ def _architecture(name: str) -> str:
     if tag and name not in tags:
         raise UsageError(unknown_name(f"weight tag of backbone {architecture!r}", name, tags))
     return architecture
-
-
-def _tagged(name: str) -> str:
-    architecture = _architecture(name)
-    if name != architecture:
-        return name
-    if name not in PINNED_TAGS:
-        tags = get_arch_pretrained_cfgs(name)
-        raise UsageError(
-            f"backbone {name!r} has no pinned weights; name the tag, one of: {', '.join(tags) or 'none'}"
-        )
-    return f"{name}.{PINNED_TAGS[name]}"
-
-
-def fetch_pretrained(name: str) -> Path:
-    """Return the weight file of backbone `name`, downloaded and checked; without a tag, the pinned one.
-
-    Raises:
-        UsageError: the name has no tag and none is pinned.
-        MscsError: no network and no file, or a damaged file.
-    """
-    name = _tagged(name)
-    cfg = get_arch_pretrained_cfgs(_architecture(name))[name]
-    url = cfg.url
-    if not url and cfg.hf_hub_id:
-        file = cfg.hf_hub_filename or "model.safetensors"
-        url = f"https://huggingface.co/{cfg.hf_hub_id}/resolve/main/{file}"
-    if not url:
-        raise UsageError(f"timm knows no weight file for {name!r}; give pretrained the path of one")
-    return fetch_weights(name, url)
-
-
-def _require_all(body: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that leave a tensor of `body` as it was drawn: timm loads backbones without complaint.
-
-    timm may rename tensors while loading, so a tensor also counts as loaded if its values are in the file.
-    """
-    names = {name.replace("_", ".") for name in weights}
-    prints = {_fingerprint(value) for value in weights.values()}
-    missing = [
-        name
-        for name, value in body.state_dict().items()
-        if value.is_floating_point()
-        and name.replace("_", ".") not in names
-        and _fingerprint(value) not in prints
-    ]
-    if missing:
-        raise UsageError(
-            f"the weight file lacks {len(missing)} tensors of the backbone: {', '.join(missing[:10])}"
-        )
-
-
-def _fingerprint(value: Tensor) -> tuple[int, float]:
-    return value.numel(), value.double().sum().item()
 
 
 def _only_stride_32(name: str, output_stride: int) -> None:

@@ -1,20 +1,21 @@
-"""Pretrained weights: which file belongs to a backbone, where it lies, and that it is the right one."""
+"""Pretrained weights of backbones: which file it is, that it is the right one, and that it fits.
+
+Files come from the Hugging Face hub, by its own client (cache, resumption, HF_ENDPOINT, HF_HUB_OFFLINE).
+"""
 
 import hashlib
-import json
 import os
 import re
-import shutil
-import tempfile
-import urllib.error
-import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlparse
 
 import torch
-from tqdm import tqdm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from timm.models import get_arch_pretrained_cfgs
+from torch import Tensor, nn
 
-from mscs.errors import MscsError
+from mscs.errors import MscsError, UsageError, unknown_name
 
 # The weights that the paper's networks start from. timm's own defaults are others: newer training recipes
 # for the ResNets, ImageNet-22k with fine-tuning for Swin-B.
@@ -29,90 +30,113 @@ PINNED_TAGS = {
     "swin_base_patch4_window12_384": "ms_in22k",
     "swin_large_patch4_window12_384": "ms_in22k",
 }
-CHECKSUMS = "mscs-checksums.json"
+SHOWN = 8
 
 
 def weights_folder() -> Path:
-    """Return the folder of weight files: $MSCS_WEIGHTS, or torch's hub folder."""
+    """Return the folder of the hub's cache: $MSCS_WEIGHTS, or torch's hub folder."""
     return Path(os.environ.get("MSCS_WEIGHTS") or Path(torch.hub.get_dir()) / "checkpoints")
 
 
-def fetch_weights(name: str, url: str) -> Path:
-    """Return the checked weight file of backbone `name`, downloaded from `url` unless it is there already.
-
-    The SHA-256 of a file is recorded when it is first used and compared ever after; where the file's name
-    carries the beginning of its checksum (`resnet50-0676ba61.pth`) that is compared too.
+def tagged_name(name: str) -> str:
+    """Return a backbone's name with its weight tag; without one, the pinned tag.
 
     Raises:
-        MscsError: no network and no file, a cut-off download, or a file that has changed.
+        UsageError: the name has no tag and none is pinned, or an unknown one.
     """
-    folder = weights_folder()
-    path = folder / _file_name(name, url)
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    architecture, _, tag = name.partition(".")
+    tags = get_arch_pretrained_cfgs(architecture)
+    if not tag and architecture not in PINNED_TAGS:
+        raise UsageError(
+            f"backbone {name!r} has no pinned weights; name the tag, one of: {', '.join(tags) or 'none'}"
+        )
+    name = f"{architecture}.{tag or PINNED_TAGS[architecture]}"
+    if name not in tags:
+        raise UsageError(unknown_name(f"weight tag of backbone {architecture!r}", name, tags))
+    return name
+
+
+def fetch_pretrained(name: str) -> Path:
+    """Return the weight file of backbone `name`, downloaded and checked; without a tag, the pinned one.
+
+    A file that is in the cache is used without asking the hub.
+
+    Raises:
+        UsageError: the name has no tag and none is pinned, or the hub has no file for it.
+        MscsError: no network and no file, or a damaged file.
+    """
+    name = tagged_name(name)
+    cfg = get_arch_pretrained_cfgs(name.partition(".")[0])[name]
+    if not cfg.hf_hub_id:
+        raise UsageError(f"the hub has no weight file of {name!r}; give pretrained the path of one")
+    file = cfg.hf_hub_filename or "model.safetensors"
+    place = {"repo_id": cfg.hf_hub_id, "filename": file, "cache_dir": weights_folder()}
+    try:
         try:
-            _download(url, path)
-        except (OSError, MscsError) as error:
-            raise MscsError(
-                f"cannot download the weights of {name} from {url}: {error}. Without network, place the file "
-                f"by hand as {path} (SHA-256: {_expected(path)}), or set MSCS_WEIGHTS to a folder that has it"
-            ) from error
-    _check(path)
+            path = Path(hf_hub_download(**place, local_files_only=True))
+        except LocalEntryNotFoundError:
+            path = Path(hf_hub_download(**place))
+    except Exception as error:  # the client passes on what its transport raises
+        raise MscsError(
+            f"cannot download the weights of {name} ({cfg.hf_hub_id}/{file} of the Hugging Face hub) into "
+            f"{weights_folder()}: {' '.join(str(error).split())[:200]}. Without network, copy that folder "
+            "from a machine that has it, or give pretrained the path of a weight file"
+        ) from error
+    # The hub's client names a large file after the SHA-256 that the hub states; it compares only sizes.
+    expected, found = path.resolve().name, file_sha256(path)
+    if re.fullmatch(r"[0-9a-f]{64}", expected) and found != expected:
+        raise MscsError(
+            f"{path} has SHA-256 {found}, expected {expected}. Delete {path.resolve()} to download it again"
+        )
     return path
 
 
-def _file_name(name: str, url: str) -> str:
-    file = Path(urlparse(url).path)
-    # model hubs give every file the same name
-    return f"{name}{file.suffix}" if file.stem in ("model", "pytorch_model") else file.name
+def pretrained_record(name: str, pretrained: bool | str | Path) -> dict[str, str] | None:
+    """Return name and SHA-256 of the weights that backbone `name` starts from; None for random ones."""
+    if pretrained is False:
+        return None
+    path = fetch_pretrained(name) if pretrained is True else Path(pretrained)
+    return {tagged_name(name) if pretrained is True else path.name: file_sha256(path)}
 
 
-def _download(url: str, path: Path) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                length = response.headers.get("Content-Length")
-                total = int(length) if length is not None else None
-                # disable=None: no progress bar where the output is no terminal
-                with tqdm.wrapattr(response, "read", total=total, desc=path.name, disable=None) as stream:
-                    shutil.copyfileobj(stream, part, 1 << 20)
-            part.close()
-            size = Path(part.name).stat().st_size
-            if total is not None and size != total:
-                raise MscsError(f"the connection broke after {size} of {total} bytes")
-            os.replace(part.name, path)
-        finally:
-            Path(part.name).unlink(missing_ok=True)
-
-
-def _recorded(folder: Path) -> dict[str, str]:
-    file = folder / CHECKSUMS
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _prefix(path: Path) -> str | None:
-    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
-    return match[1] if match else None
-
-
-def _expected(path: Path) -> str:
-    recorded, prefix = _recorded(path.parent).get(path.name), _prefix(path)
-    if recorded:
-        return recorded
-    return f"begins with {prefix}" if prefix else "not known yet, it is recorded on first use"
-
-
-def _check(path: Path) -> None:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; UsageError if there is none."""
+    if not path.is_file():
+        raise UsageError(f"no weight file {path}")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    recorded = _recorded(path.parent)
-    expected = recorded.get(path.name) or _prefix(path) or ""
-    if not found.startswith(expected):
-        raise MscsError(
-            f"{path} has SHA-256 {found}, expected {_expected(path)}. Delete it to download it again; if it "
-            f"was replaced on purpose, delete its line in {path.parent / CHECKSUMS}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_all(body: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that leave a tensor of `body` as it was drawn: timm loads backbones without complaint.
+
+    timm may rename tensors while loading, so a tensor also counts as loaded if its values are in the file.
+
+    Raises:
+        UsageError: naming the tensors that the file lacks, and those that it has instead.
+    """
+    own = {name: value for name, value in body.state_dict().items() if value.is_floating_point()}
+    if missing := _not_in(own, weights):
+        unexpected = _not_in(weights, own)
+        raise UsageError(
+            f"the weight file lacks {len(missing)} tensors of the backbone: {_some(missing)}; it has "
+            f"{len(unexpected)} others: {_some(unexpected)}. Expected are the weights of timm's network"
         )
-    if path.name not in recorded:
-        temporary = path.parent / f".{CHECKSUMS}.{os.getpid()}"
-        temporary.write_text(json.dumps({**recorded, path.name: found}, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, path.parent / CHECKSUMS)
+
+
+def _not_in(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
+    names = {name.replace("_", ".") for name in others}
+    prints = {_fingerprint(value) for value in others.values()}
+    return [
+        name
+        for name, value in tensors.items()
+        if name.replace("_", ".") not in names and _fingerprint(value) not in prints
+    ]
+
+
+def _fingerprint(value: Tensor) -> tuple[int, float]:
+    return value.numel(), value.double().sum().item()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

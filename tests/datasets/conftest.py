@@ -1,5 +1,6 @@
 """Small dataset trees in the real on-disk layouts, with random pixels and every raw label value."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mscs.datasets.labels import cadis_videos, label_set
+from mscs.datasets import DATASETS, label_set
+from mscs.datasets.cadis import VIDEOS
 
 SIZE = (24, 40)
 Paths = list[tuple[str, str]]
@@ -32,7 +34,7 @@ def tree_paths(name: str, split: str, count: int) -> Paths:
         return [
             (f"VOCdevkit/VOC2010/JPEGImages/{s}.jpg", f"SegmentationClassContext59/{s}.png") for s in stems
         ]
-    videos = cadis_videos(split)
+    videos = VIDEOS[split]
     stems = [
         (videos[i % len(videos)], f"Video{videos[i % len(videos)]}_frame{i:06d}.png") for i in range(count)
     ]
@@ -69,6 +71,25 @@ def make_tree(tmp_path: Path) -> Callable[..., Path]:
                 lists = root / "VOCdevkit/VOC2010/ImageSets/Main"
                 lists.mkdir(parents=True, exist_ok=True)
                 (lists / f"{split}.txt").write_text("".join(f"{Path(image).stem}\n" for image, _ in paths))
+        return root
+
+    return make
+
+
+@pytest.fixture
+def small(make_tree, monkeypatch):
+    """`small(name)` writes a tree that counts as complete: the published numbers become those of the tree."""
+
+    def make(name: str) -> Path:
+        spec = DATASETS[name]
+        splits = {"train": 3, "val": 2, "test": 1}
+        root = make_tree(name, {split: splits[split] for split in spec.splits})
+        parts = tuple(
+            dataclasses.replace(part, files={glob: len(list(root.glob(glob))) or 1 for glob in part.files})
+            for part in spec.parts
+        )
+        counts = {split: splits[split] for split in spec.splits}
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(spec, splits=counts, parts=parts))
         return root
 
     return make

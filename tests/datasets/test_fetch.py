@@ -1,5 +1,9 @@
 """Downloads from a local server that misbehaves, hostile archives, and every way to hand over a dataset."""
 
+import concurrent.futures
+import contextlib
+import dataclasses
+import gzip
 import hashlib
 import http.server
 import io
@@ -8,6 +12,8 @@ import shutil
 import stat
 import tarfile
 import threading
+import time
+import tracemalloc
 import urllib.parse
 import zipfile
 
@@ -15,23 +21,24 @@ import numpy as np
 import pytest
 import scipy.io
 
-from mscs.datasets import archive, build_dataset, download, fetch, label_set
-from mscs.datasets.archive import Limits, extract
-from mscs.datasets.download import Retry
+from mscs.datasets import DATASETS, archive, build_dataset, download, fetch, label_set
+from mscs.datasets.archive import BrokenArchive, extract
+from mscs.datasets.spec import Part
 from mscs.errors import MscsError, UsageError
-
-RETRY = Retry(tries=3, pause=0.001)
 
 
 class Server:
-    """Serves `files`; `faults` lists what goes wrong with the next requests of a path."""
+    """Serves `files`; `faults` lists what the next requests of a path get instead.
+
+    A number below 1: that part of the file, then the connection ends; a status code; bytes or a function of
+    the connection: what is sent, headers included.
+    """
 
     def __init__(self):
         self.files = {}
         self.faults = {}
         self.requests = []
         self.ranges = True
-        self.etag = '"v1"'
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,6 +58,10 @@ class Server:
                 server.requests.append(("GET", self.path, self.headers.get("Range")))
                 faults = server.faults.get(self.path, [])
                 fault = faults.pop(0) if faults else None
+                if isinstance(fault, bytes) or callable(fault):
+                    self.close_connection = True
+                    self.wfile.write(fault) if isinstance(fault, bytes) else fault(self.wfile)
+                    return
                 if isinstance(fault, int) and fault >= 400:
                     self.reply(fault, b"no")
                     return
@@ -60,17 +71,16 @@ class Server:
                 data = server.files[self.path]
                 start = 0
                 wanted = self.headers.get("Range")
-                fresh = self.headers.get("If-Range") in (None, server.etag)
-                if wanted and server.ranges and fresh:
+                if wanted and server.ranges:
                     start = int(wanted.removeprefix("bytes=").removesuffix("-"))
                     if start >= len(data):
-                        self.reply(416, b"")
+                        self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
                         return
-                headers = {"ETag": server.etag} if server.etag else {}
-                if start:
+                headers = {}
+                if wanted and server.ranges:
                     headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
                 cut = int(fault * len(data)) if fault else None
-                self.reply(206 if start else 200, data[start:], headers, cut)
+                self.reply(206 if headers else 200, data[start:], headers, cut)
 
             def reply(self, status, body, headers=None, cut=None):
                 self.send_response(status)
@@ -83,6 +93,7 @@ class Server:
                     self.close_connection = True
 
         self.httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.httpd.handle_error = lambda *_: None  # clients hang up on what they refuse
         self.url = f"http://127.0.0.1:{self.httpd.server_port}"
         threading.Thread(target=self.httpd.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -98,136 +109,160 @@ def server():
     server.httpd.server_close()
 
 
-DATA = np.random.default_rng(0).bytes(300_000)
-SHA256 = hashlib.sha256(DATA).hexdigest()
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """The seconds that were waited between tries."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return waited
 
 
-def get(server, folder, **options):
-    target = folder / "file.bin"
-    options = {"retry": RETRY, "progress": False} | options
-    return target, download.download(f"{server.url}/file.bin", target, **options)
+DATA = np.random.default_rng(0).bytes(3_000_000)
+
+
+def get(server, folder, checksum=None, **fields):
+    folder.mkdir(exist_ok=True)
+    part = Part("file", {}, f"{server.url}/file.bin", **fields)
+    return download.download(part, folder, checksum, progress=False)
+
+
+def answer(status="200 OK", body=DATA, **headers):
+    lines = [f"HTTP/1.1 {status}", *(f"{key.replace('_', '-')}: {value}" for key, value in headers.items())]
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
+
+
+def brief(value):
+    return str(value)[:30]
+
+
+def endless(connection):
+    connection.write(answer(body=b""))
+    with contextlib.suppress(OSError):
+        while True:
+            connection.write(bytes(1 << 20))
 
 
 def test_download(server, tmp_path):
     server.files["/file.bin"] = DATA
-    target, sha256 = get(server, tmp_path / "new", checksum=f"sha1:{hashlib.sha1(DATA).hexdigest()}")
+    target = get(server, tmp_path / "new", f"sha1:{hashlib.sha1(DATA).hexdigest()}")
     assert target.read_bytes() == DATA
-    assert sha256 == SHA256
-    assert sorted(path.name for path in target.parent.iterdir()) == ["checksums.json", "file.bin"]
-
-
-def test_a_dropped_connection_is_resumed(server, tmp_path):
-    server.files["/file.bin"] = DATA
-    server.faults["/file.bin"] = [0.4, 0.3]
-    assert get(server, tmp_path)[1] == SHA256
-    ranges = server.ranges_of("/file.bin")
-    assert ranges == [None, "bytes=120000-", "bytes=210000-"]
-
-
-def test_an_earlier_run_is_continued(server, tmp_path):
-    server.files["/file.bin"] = DATA
-    server.faults["/file.bin"] = [0.4, 503, 503]
-    with pytest.raises(MscsError, match=r"HTTP 503.*3 tries.*goes on from"):
-        get(server, tmp_path)
-    assert not (tmp_path / "file.bin").exists()
-    assert (tmp_path / "file.bin.part").stat().st_size == 120_000
-    server.requests.clear()
-    _, sha256 = get(server, tmp_path)
-    assert sha256 == SHA256
-    assert server.ranges_of("/file.bin") == ["bytes=120000-"]
-
-
-def test_a_changed_file_is_not_glued_to_the_old_part(server, tmp_path):
-    server.files["/file.bin"] = DATA[::-1]
-    server.faults["/file.bin"] = [0.4, 503, 503]
-    with pytest.raises(MscsError):
-        get(server, tmp_path)
-    server.files["/file.bin"], server.etag = DATA, '"v2"'
-    assert get(server, tmp_path)[1] == SHA256
-
-
-@pytest.mark.parametrize("etag", ['"v1"', None])
-def test_without_ranges_it_starts_over(server, tmp_path, etag):
-    server.files["/file.bin"], server.ranges, server.etag = DATA, False, etag
-    server.faults["/file.bin"] = [0.5]
-    assert get(server, tmp_path)[1] == SHA256
-
-
-def test_a_part_that_is_too_long_is_dropped(server, tmp_path):
-    server.files["/file.bin"] = DATA
-    (tmp_path / "file.bin.part").write_bytes(DATA + b"more")
-    (tmp_path / "file.bin.part.tag").write_text('"v1"')
-    assert get(server, tmp_path)[1] == SHA256
-    assert server.ranges_of("/file.bin") == ["bytes=300004-", None]
-
-
-def test_a_file_that_stays_truncated_fails(server, tmp_path):
-    server.files["/file.bin"], server.ranges = DATA, False
-    server.faults["/file.bin"] = [0.5, 0.5, 0.5, 0.5]
-    with pytest.raises(MscsError, match="closed after 150000 of 300000 bytes"):
-        get(server, tmp_path)
-    assert not (tmp_path / "file.bin").exists()
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "access refused"), (403, "access refused"), (404, "not there")]
+    "faults", [[0.4, 0.3], [503, 429], [answer(body=b"zz\r\n", Transfer_Encoding="chunked")]], ids=brief
 )
-def test_refusals_are_final(server, tmp_path, status, message):
+def test_a_dropped_connection_or_busy_server_is_tried_again(server, tmp_path, faults):
+    server.files["/file.bin"], server.faults["/file.bin"] = DATA, faults.copy()
+    assert get(server, tmp_path).read_bytes() == DATA
+    assert len(server.requests) == len(faults) + 1
+
+
+def test_a_busy_server_says_how_long_to_wait(server, tmp_path, pauses):
     server.files["/file.bin"] = DATA
-    server.faults["/file.bin"] = [status] * 5
-    with pytest.raises(MscsError, match=rf"file\.bin: {message}.*{status}.*--from"):
+    server.faults["/file.bin"] = [
+        answer("503 Busy", b"", Content_Length=0, Retry_After=s) for s in (7, "9999")
+    ]
+    get(server, tmp_path)
+    assert 7 in pauses
+    assert max(pauses) == download.LONGEST_PAUSE_S
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        0.5,
+        503,
+        answer("503 \x1b[2J", b"", Content_Length=0),
+        answer(body=b"zz\r\n", Transfer_Encoding="chunked"),
+        answer(Content_Length=4_000_000),
+        b"junk",
+    ],
+    ids=["cut", "busy", "screen", "chunks", "short", "junk"],
+)
+def test_what_stays_broken_leaves_nothing(server, tmp_path, fault):
+    server.files["/file.bin"], server.faults["/file.bin"] = DATA, [fault] * 10
+    with pytest.raises(MscsError, match=r"file\.bin: .*gave up after 6 tries") as error:
         get(server, tmp_path)
+    assert str(error.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        *((status, rf"HTTP {status}.*--from") for status in (401, 403, 404)),
+        (answer("206 Partial", Content_Length=len(DATA), Content_Range="bytes 0-2/9"), r"HTTP 206"),
+        (answer(Content_Length="abc"), r"announces 'abc' bytes"),
+        (answer(Content_Length=len(DATA), Content_Encoding="gzip"), r"encoding 'gzip'"),
+        (answer(Content_Length="\x1b[2J"), r"announces '\\x1b\[2J' bytes"),
+        (answer(Content_Length=-1), r"announces '-1' bytes"),
+        (answer(Content_Length=10**9), r"announces '1000000000' bytes"),
+        (answer(body=b"<html>", Content_Length=6, Content_Type="text/html"), r"a web page.*login"),
+        (endless, r"sends more bytes than announced or plausible"),
+    ],
+    ids=brief,
+)
+def test_refusals_are_final(server, tmp_path, fault, message):
+    server.files["/file.bin"], server.faults["/file.bin"] = DATA, [fault] * 5
+    with pytest.raises(MscsError, match=message):
+        get(server, tmp_path, max_bytes=20_000_000)
     assert len(server.requests) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_busy_server_is_asked_again(server, tmp_path):
-    server.files["/file.bin"] = DATA
-    server.faults["/file.bin"] = [503, 429]
-    assert get(server, tmp_path)[1] == SHA256
+def test_a_redirect_to_a_login_page_is_refused(server, tmp_path):
+    server.faults["/file.bin"] = [answer("302 Found", b"", Content_Length=0, Location="/login")]
+    server.faults["/login"] = [answer(body=b"<html>", Content_Length=6, Content_Type="text/html; charset=x")]
+    with pytest.raises(MscsError, match="a web page"):
+        get(server, tmp_path)
 
 
 def test_no_server(tmp_path):
-    with pytest.raises(MscsError, match="no answer"):
-        download.download("http://127.0.0.1:9/file.bin", tmp_path / "f", retry=RETRY, progress=False)
+    part = Part("file", {}, "http://127.0.0.1:9/file.bin")
+    with pytest.raises(MscsError, match="gave up after 6 tries"):
+        download.download(part, tmp_path, None, progress=False)
 
 
 def test_a_wrong_checksum_is_refused(server, tmp_path):
     server.files["/file.bin"] = DATA
-    with pytest.raises(MscsError, match=r"wrong checksum .* expected 00 \(published\)"):
-        get(server, tmp_path, checksum="sha256:00")
-    assert not (tmp_path / "file.bin").exists()
-    assert not (tmp_path / "file.bin.part").exists()
+    with pytest.raises(MscsError, match=r"wrong checksum, expected sha256:00"):
+        get(server, tmp_path, "sha256:00")
+    assert list(tmp_path.iterdir()) == []
+    assert len(server.requests) == 1
 
 
-def test_the_first_checksum_is_recorded_and_binding(server, tmp_path):
+def test_a_file_that_is_there_is_used_if_it_is_right(server, tmp_path):
     server.files["/file.bin"] = DATA
-    target, _ = get(server, tmp_path)
-    record = json.loads((tmp_path / "checksums.json").read_text())
-    assert record == {f"{server.url}/file.bin": {"size": len(DATA), "sha256": SHA256}}
-    target.unlink()
-    server.files["/file.bin"] = DATA[:-1] + b"!"
-    with pytest.raises(MscsError, match=r"recorded in .*checksums\.json"):
+    checksum = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
+    for content in (DATA, DATA[:-1]):
+        (tmp_path / "file.bin").write_bytes(content)
+        assert get(server, tmp_path, checksum).read_bytes() == DATA
+        assert len(server.requests) == (content != DATA)
+
+
+@pytest.mark.parametrize("fault", [None, endless])
+def test_a_full_disk_is_noticed_before_its_last_byte(server, tmp_path, monkeypatch, fault):
+    server.files["/file.bin"], server.faults["/file.bin"] = DATA, [fault]
+    free = iter([archive.MIN_FREE_AFTER + 2_000_000] * 2 + [archive.MIN_FREE_AFTER] * 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, next(free)))
+    with pytest.raises(MscsError, match=r"needs 0\.00 GB, 0\.07 GB are free.*--root"):
         get(server, tmp_path)
-    assert not target.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_noticed_before(server, tmp_path, monkeypatch):
-    server.files["/file.bin"] = DATA
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 100_000))
-    with pytest.raises(MscsError, match=r"needs 0\.00 GB, 0\.00 GB are free.*--root"):
-        get(server, tmp_path)
-    assert not list(tmp_path.glob("file.bin"))
-
-
-def test_a_read_only_folder_is_named(server, tmp_path, monkeypatch):
+def test_a_failing_disk_is_named(server, tmp_path, monkeypatch):
     server.files["/file.bin"] = DATA
 
     def refuse(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(download, "_copy", refuse)
-    with pytest.raises(MscsError, match=r"file\.bin\.part: cannot write .No space left"):
+    monkeypatch.setattr(download._Checked, "write", refuse)
+    with pytest.raises(MscsError, match=r"cannot write .No space left"):
         get(server, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def zip_of(path, members):
@@ -281,11 +316,14 @@ def test_extract(pack, tmp_path):
 
 
 @pytest.mark.parametrize("pack", [zip_of, tar_of])
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "a\\..\\evil", "C:evil", ".."])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/../../evil", "/tmp/evil", "a\\..\\evil", "C:evil", "..", "a\x1b[2Jb"]
+)
 def test_paths_that_leave_the_folder_are_refused(pack, name, tmp_path):
     path = pack(tmp_path / "archive", {"good": b"1", name: b"evil"})
-    with pytest.raises(MscsError, match="points outside"):
+    with pytest.raises(BrokenArchive, match=r"points outside|no plain") as error:
         extract(path, tmp_path / "in" / "out", progress=False)
+    assert str(error.value).isprintable()
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["archive", "in"]
 
 
@@ -294,28 +332,80 @@ def test_paths_that_leave_the_folder_are_refused(pack, name, tmp_path):
 def test_links_and_devices_are_refused(index, kind, tmp_path):
     pack = (zip_of, tar_of)[index]
     path = pack(tmp_path / "archive", {special("link", kind)[index]: b"/etc/passwd", "link/file": b"evil"})
-    with pytest.raises(MscsError, match="link is a link or a device"):
+    with pytest.raises(MscsError, match="'link' is a link or a device"):
         extract(path, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def tight(monkeypatch):
+    monkeypatch.setattr(archive, "SLACK", 20_000)
+    monkeypatch.setattr(archive, "MAX_RATIO", 20)
+
+
 @pytest.mark.parametrize("pack", [zip_of, tar_of])
-def test_bombs_are_refused(pack, tmp_path):
+def test_bombs_are_refused(pack, tmp_path, tight, monkeypatch):
     path = pack(tmp_path / "archive", {"zeros": bytes(5_000_000)})
-    with pytest.raises(MscsError, match="bomb"):
-        extract(path, tmp_path / "out", limits=Limits(ratio=20, slack=1000), progress=False)
+    with pytest.raises(BrokenArchive, match="bomb"):
+        extract(path, tmp_path / "out", progress=False)
     many = pack(tmp_path / "many", {f"{i}": b"" for i in range(30)})
-    with pytest.raises(MscsError, match="more than 20 files"):
-        extract(many, tmp_path / "out", limits=Limits(num_files=20), progress=False)
+    monkeypatch.setattr(archive, "MAX_FILES", 20)
+    with pytest.raises(BrokenArchive, match="more than 20 files"):
+        extract(many, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_a_tar_header_of_gigabytes_is_refused_unread(kind, tmp_path):
+    header = tarfile.TarInfo("evil")
+    header.type, header.size = kind, 4 << 30
+    with gzip.open(tmp_path / "archive", "wb") as file:
+        file.write(header.tobuf())
+        file.write(bytes(300 << 20))
+    tracemalloc.start()
+    with pytest.raises(BrokenArchive, match=r"header of|bomb"):
+        extract(tmp_path / "archive", tmp_path / "out", progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 << 20
+    assert not (tmp_path / "out").exists()
+
+
+def test_zeros_behind_the_end_of_a_tar_are_counted(tmp_path, tight):
+    path = tar_of(tmp_path / "archive", {"good": b"1"})
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(5_000_000)))
+    with pytest.raises(BrokenArchive, match="bomb"):
+        extract(path, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("pack", [zip_of, tar_of])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_members_that_come_twice_are_refused(pack, tmp_path):
+    twice = [(zipfile.ZipInfo if pack is zip_of else tarfile.TarInfo)(name) for name in ("a/b", "./a/b")]
+    path = pack(tmp_path / "archive", dict.fromkeys(twice, b"1"))
+    with pytest.raises(BrokenArchive, match="is in it twice"):
+        extract(path, tmp_path / "out", progress=False)
+    clash = pack(tmp_path / "clash", {"a": b"1", "a/b": b"2"})
+    with pytest.raises(MscsError, match="out: cannot write"):
+        extract(clash, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_tar_header_is_noticed(tmp_path):
+    members = dict.fromkeys("abc", DATA[:1000])
+    data = bytearray(gzip.decompress(tar_of(tmp_path / "a", members).read_bytes()))
+    data[data.index(b"b\0\0\0")] ^= 255  # the checksum of the second header is wrong now
+    (tmp_path / "plain").write_bytes(data)
+    with pytest.raises(BrokenArchive, match="broken archive"):
+        extract(tmp_path / "plain", tmp_path / "out", progress=False)
+
+
+def test_a_zip_that_lies_about_its_sizes_is_refused(tmp_path, tight):
     path = zip_of(tmp_path / "archive", {"zeros": bytes(3_000_000)})
     data = path.read_bytes().replace((3_000_000).to_bytes(4, "little"), (30).to_bytes(4, "little"))
     path.write_bytes(data)
     with pytest.raises(MscsError, match=r"broken archive|bomb"):
-        extract(path, tmp_path / "out", limits=Limits(ratio=20, slack=1000), progress=False)
+        extract(path, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -345,80 +435,175 @@ def readable(name, root):
 
 
 @pytest.fixture
-def ade_server(server, make_tree, tmp_path, monkeypatch):
-    """A server with ADEChallengeData2016.zip in the true layout."""
-    path = pack_tree(make_tree("ade20k"), tmp_path / "ade.zip", "zip")
-    server.files["/ADEChallengeData2016.zip"] = path.read_bytes()
-    part = fetch.Part(
-        "ADEChallengeData2016",
-        f"{server.url}/ADEChallengeData2016.zip",
-        f"sha256:{download.file_digest(path)}",
-    )
-    monkeypatch.setitem(fetch.SOURCES, "ade20k", fetch.Source((part,), "home", "licence"))
+def serve_part(monkeypatch):
+    """Let the only part of ADE20K come from another address."""
+
+    def change(**fields):
+        spec = DATASETS["ade20k"]
+        part = dataclasses.replace(spec.parts[0], **fields)
+        monkeypatch.setitem(DATASETS, "ade20k", dataclasses.replace(spec, parts=(part,)))
+
+    return change
+
+
+@pytest.fixture
+def ade(server, small, tmp_path, serve_part):
+    """A server with ADEChallengeData2016.zip in the true layout, without published checksum."""
+    path = pack_tree(small("ade20k"), tmp_path / "ade.zip", "zip")
+    server.files["/ade.zip"] = path.read_bytes()
+    serve_part(url=f"{server.url}/ade.zip", checksum=None)
     return server
 
 
 def fetch_ade(root, **options):
-    return fetch.fetch("ade20k", root, retry=RETRY, progress=False, **options)
+    return fetch.fetch("ade20k", root, progress=False, **options)
 
 
-def test_fetch_download_to_dataset(ade_server, tmp_path):
+def downloads_of(root):
+    return sorted(path.name for path in (root / ".downloads").iterdir())
+
+
+def test_fetch_download_to_dataset(ade, tmp_path):
     root = tmp_path / "fetched"
     assert fetch_ade(root) == ["ADEChallengeData2016"]
     assert readable("ade20k", root) == [3, 2]
     assert sorted(p.name for p in root.iterdir()) == [".downloads", "ADEChallengeData2016"]
-    assert [p.name for p in (root / ".downloads").iterdir()] == ["checksums.json"]
-    ade_server.requests.clear()
+    assert downloads_of(root) == ["digests.json", "lock"]
+    ade.requests.clear()
     assert fetch_ade(root) == []
-    assert ade_server.requests == []
+    assert ade.requests == []
 
 
-def test_keep_archives(ade_server, tmp_path):
+def test_keep_archives(ade, tmp_path):
     fetch_ade(tmp_path / "fetched", keep_archives=True)
-    assert (tmp_path / "fetched/.downloads/ADEChallengeData2016.zip").exists()
+    assert "ade.zip" in downloads_of(tmp_path / "fetched")
 
 
-def test_interrupted_unpacking_is_not_taken_for_a_dataset(ade_server, tmp_path, monkeypatch):
+def test_two_fetches_at_once_are_one(ade, tmp_path, capfd):
+    """The second waits for the first, and finds everything there."""
+    root, started, finish = tmp_path / "fetched", threading.Event(), threading.Event()
+
+    def slowly(connection):
+        started.set()
+        finish.wait(10)
+        connection.write(answer(body=ade.files["/ade.zip"]))
+
+    ade.faults["/ade.zip"] = [slowly]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(fetch_ade, root)
+        started.wait(10)
+        second = pool.submit(fetch_ade, root)
+        while "waiting for another fetch" not in (told := capfd.readouterr().err):
+            assert not second.done()
+        finish.set()
+        assert (first.result(), second.result()) == (["ADEChallengeData2016"], [])
+    assert str(root) in told
+    assert len(ade.requests) == 1
+    assert readable("ade20k", root) == [3, 2]
+
+
+def test_half_a_dataset_is_not_taken_for_a_whole_one(ade, tmp_path):
+    root = tmp_path / "fetched"
+    fetch_ade(root)
+    base = root / "ADEChallengeData2016"
+    next((base / "images/training").iterdir()).unlink()
+    (base / "my notes.txt").touch()
+    assert fetch_ade(root) == ["ADEChallengeData2016"]
+    assert readable("ade20k", root) == [3, 2]
+    assert (root / "ADEChallengeData2016.incomplete/my notes.txt").exists()
+    next((base / "images/training").iterdir()).unlink()
+    with pytest.raises(MscsError, match="Remove one of them"):
+        fetch_ade(root)
+
+
+def test_an_archive_that_lacks_files_is_refused(ade, small, make_tree, tmp_path):
+    tree = make_tree("ade20k", {"train": 3})
+    shutil.rmtree(tree / "ADEChallengeData2016/images/validation")
+    ade.files["/ade.zip"] = pack_tree(tree, tmp_path / "less.zip", "zip").read_bytes()
+    with pytest.raises(MscsError, match=r"not all of it is there, 0 of 2 files .*validation"):
+        fetch_ade(tmp_path / "fetched")
+    assert downloads_of(tmp_path / "fetched") == ["lock"]
+    assert [p.name for p in (tmp_path / "fetched").iterdir()] == [".downloads"]
+
+
+def test_an_interrupted_fetch_goes_on_with_the_archive(ade, tmp_path, monkeypatch):
     root = tmp_path / "fetched"
 
-    def interrupt(archive, name, **kwargs):
+    def interrupt(folder, name):
         if name.endswith("00000002.png"):
             raise KeyboardInterrupt
-        return real(archive, name, **kwargs)
+        return inside(folder, name)
 
-    real = archive._safe_name
-    monkeypatch.setattr(archive, "_safe_name", interrupt)
+    inside = archive.inside
+    monkeypatch.setattr(archive, "inside", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch_ade(root)
-    assert not (root / "ADEChallengeData2016").exists()
-    monkeypatch.undo()
-    # Killed outright, the half-unpacked files would still be there.
-    (root / ".unpacking/content/ADEChallengeData2016").mkdir(parents=True)
-    part = fetch.Part("ADEChallengeData2016", f"{ade_server.url}/ADEChallengeData2016.zip")
-    monkeypatch.setitem(fetch.SOURCES, "ade20k", fetch.Source((part,), "home", "licence"))
-    ade_server.requests.clear()
+    assert [p.name for p in root.iterdir()] == [".downloads"]
+    monkeypatch.setattr(archive, "inside", inside)
+    # Killed outright, half-unpacked and half-downloaded files would still be there.
+    (root / ".unpacking/ready/ADEChallengeData2016").mkdir(parents=True)
+    (root / ".downloads/tmp123").write_bytes(b"half")
+    ade.requests.clear()
     fetch_ade(root)
-    assert ade_server.requests == []  # the downloaded archive was kept and used
+    assert ade.requests == []
     assert readable("ade20k", root) == [3, 2]
-    assert not (root / ".unpacking").exists()
+    assert downloads_of(root) == ["digests.json", "lock"]
 
 
-def test_a_malicious_download_leaves_nothing(ade_server, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_archive(ade, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(archive, "_write_members", full)
+    with pytest.raises(MscsError, match=r"cannot write .No space left"):
+        fetch_ade(tmp_path / "fetched")
+    assert downloads_of(tmp_path / "fetched") == ["ade.zip", "lock"]
+
+
+def test_the_first_checksum_is_recorded_and_binding(ade, tmp_path):
+    root, data = tmp_path / "fetched", ade.files["/ade.zip"]
+    fetch_ade(root)
+    record = root / ".downloads/digests.json"
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert json.loads(record.read_text()) == {f"{ade.url}/ade.zip": digest}
+    shutil.rmtree(root / "ADEChallengeData2016")
+    ade.files["/ade.zip"] = data + b"!"
+    with pytest.raises(MscsError, match=f"wrong checksum, expected {digest}"):
+        fetch_ade(root)
+    for damaged in ("[]", "{", "\xff", json.dumps({f"{ade.url}/ade.zip": 1})):
+        record.write_text(damaged)
+        with pytest.raises(MscsError, match=r"digests\.json"):
+            fetch_ade(root)
+
+
+def test_a_login_page_is_never_taken_for_the_right_file(ade, tmp_path):
+    """Even if the server calls it a zip file: the right one is accepted afterwards."""
+    root = tmp_path / "fetched"
+    page = answer(body=b"<html>login", Content_Length=11, Content_Type="application/zip")
+    ade.faults["/ade.zip"] = [page]
+    with pytest.raises(BrokenArchive, match=r"ade\.zip: broken archive"):
+        fetch_ade(root)
+    assert downloads_of(root) == ["lock"]
+    fetch_ade(root)
+    assert readable("ade20k", root) == [3, 2]
+
+
+def test_a_malicious_download_leaves_nothing(ade, tmp_path):
     evil = zip_of(tmp_path / "evil.zip", {"ADEChallengeData2016/../../../evil": b"x"})
-    ade_server.files["/evil.zip"] = evil.read_bytes()
-    part = fetch.Part("ADEChallengeData2016", f"{ade_server.url}/evil.zip")
-    monkeypatch.setitem(fetch.SOURCES, "ade20k", fetch.Source((part,), "home", "licence"))
+    ade.files["/ade.zip"] = evil.read_bytes()
     with pytest.raises(MscsError, match="points outside"):
         fetch_ade(tmp_path / "fetched")
     assert not list(tmp_path.glob("**/evil"))
+    assert downloads_of(tmp_path / "fetched") == ["lock"]
 
 
-@pytest.mark.parametrize("name", ["cityscapes", "ade20k", "pascal_context", "cadis"])
-def test_from_folder_is_linked(name, make_tree, tmp_path):
-    tree = make_tree(name)
+@pytest.mark.parametrize("name", DATASETS)
+def test_from_folder_is_linked(name, small, tmp_path):
+    tree = small(name)
     if name == "pascal_context":
-        (tree / "SegmentationClassContext59").rename(tree / "trainval")
-        (tree / "trainval" / "labels.txt").write_text("1: wall\n")
+        (tree / "trainval").mkdir()
+        (tree / "trainval" / "2008_000001.mat").touch()
+        (tree / "labels.txt").write_text("1: wall\n")
     root = tmp_path / "root"
     added = fetch.fetch(name, root, given=tree, progress=False)
     assert added
@@ -430,23 +615,23 @@ def test_from_folder_is_linked(name, make_tree, tmp_path):
     assert fetch.fetch(name, root, given=tree, progress=False) == []
 
 
-def test_from_the_inner_folder(make_tree, tmp_path):
-    tree = make_tree("ade20k")
+def test_from_the_inner_folder(small, tmp_path):
+    tree = small("ade20k")
     fetch.fetch("ade20k", tmp_path / "root", given=tree / "ADEChallengeData2016", progress=False)
     assert readable("ade20k", tmp_path / "root") == [3, 2]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_cadis_from_a_wrapped_archive(kind, make_tree, tmp_path):
-    path = pack_tree(make_tree("cadis"), tmp_path / "cadis.archive", kind, prefix="CaDISv2/")
+def test_cadis_from_a_wrapped_archive(kind, small, tmp_path):
+    path = pack_tree(small("cadis"), tmp_path / "cadis.archive", kind, prefix="CaDISv2/")
     added = fetch.fetch("cadis", tmp_path / "root", given=path, progress=False)
     assert all(part.startswith("Video") for part in added)
     assert readable("cadis", tmp_path / "root") == [3, 2]
     assert path.exists()
 
 
-def test_cityscapes_from_a_folder_of_archives(make_tree, tmp_path):
-    tree, archives = make_tree("cityscapes"), tmp_path / "archives"
+def test_cityscapes_from_a_folder_of_archives(small, tmp_path):
+    tree, archives = small("cityscapes"), tmp_path / "archives"
     archives.mkdir()
     for part in ("leftImg8bit", "gtFine"):
         pack_tree(tree / part, archives / f"{part}_trainvaltest.zip", "zip", prefix=f"{part}/")
@@ -456,28 +641,29 @@ def test_cityscapes_from_a_folder_of_archives(make_tree, tmp_path):
 
 def test_cadis_says_where_to_get_it(tmp_path):
     with pytest.raises(UsageError, match=r"grand-challenge\.org.*mscs data fetch cadis --from"):
-        fetch.fetch("cadis", tmp_path, progress=False)
+        fetch.fetch("cadis", tmp_path / "cadis", progress=False)
+    assert not (tmp_path / "cadis").exists()
 
 
 @pytest.mark.parametrize("given", ["nowhere", "empty", "text.txt"])
 def test_from_something_else(given, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("hello")
-    with pytest.raises(UsageError, match=given):
+    with pytest.raises(MscsError, match=given):
         fetch.fetch("ade20k", tmp_path / "root", given=tmp_path / given, progress=False)
 
 
-def test_an_incomplete_folder_is_refused(make_tree, tmp_path):
-    tree = make_tree("cityscapes")
+def test_an_incomplete_folder_is_refused(small, tmp_path):
+    tree = small("cityscapes")
     shutil.rmtree(tree / "gtFine")
-    with pytest.raises(UsageError, match="has no gtFine"):
+    with pytest.raises(UsageError, match=r"has 0 of 3 files gtFine/train"):
         fetch.fetch("cityscapes", tmp_path / "root", given=tree, progress=False)
 
 
 @pytest.fixture
-def context_server(server, make_tree, tmp_path, monkeypatch):
+def context_server(server, small, tmp_path, monkeypatch):
     """A server with the Pascal-Context files; the 459-class list holds the 59 names in another order."""
-    tree = make_tree("pascal_context")
+    tree = small("pascal_context")
     names = sorted(
         {*label_set("pascal_context").classes, *(f"other{i}" for i in range(400))}, key=lambda n: n[::-1]
     )
@@ -492,19 +678,23 @@ def context_server(server, make_tree, tmp_path, monkeypatch):
         path = pack_tree(tree / folder, tmp_path / name, "tar", prefix=f"{folder}/")
         server.files[f"/{name}"] = path.read_bytes()
     server.files["/labels.txt"] = (tree / "labels.txt").read_bytes()
-    parts = (
-        fetch.Part("VOCdevkit", f"{server.url}/voc.tar"),
-        fetch.Part("trainval", f"{server.url}/trainval.tar.gz"),
-        fetch.Part("labels.txt", f"{server.url}/labels.txt"),
-        fetch.Part("59_labels.txt", f"{server.url}/59_labels.txt", optional=True),
+    spec, counts = DATASETS["pascal_context"], {"trainval": {"trainval/*.mat": 5}}
+    parts = tuple(
+        dataclasses.replace(
+            part,
+            url=f"{server.url}/{'voc.tar' if part.pattern == 'VOCdevkit' else part.url.rsplit('/', 1)[1]}",
+            files=counts.get(part.pattern, part.files),
+            checksum=None,
+        )
+        for part in spec.parts
     )
-    monkeypatch.setitem(fetch.SOURCES, "pascal_context", fetch.Source(parts, "home", "licence"))
+    monkeypatch.setitem(DATASETS, "pascal_context", dataclasses.replace(spec, parts=parts))
     return tree
 
 
 def test_pascal_context_downloads(context_server, tmp_path):
     root = tmp_path / "root"
-    added = fetch.fetch("pascal_context", root, retry=RETRY, progress=False)
+    added = fetch.fetch("pascal_context", root, progress=False)
     assert added == ["VOCdevkit", "trainval", "labels.txt"]
     assert len(list((root / "trainval").glob("*.mat"))) == 5
 
@@ -513,10 +703,10 @@ class TestCityscapes:
     """The official downloader, against a local copy of its site."""
 
     @pytest.fixture
-    def site(self, server, make_tree, tmp_path, monkeypatch):
+    def site(self, server, small, tmp_path, monkeypatch):
         requests = pytest.importorskip("requests")
         pytest.importorskip("cityscapesscripts.download.downloader")
-        tree = make_tree("cityscapes")
+        tree = small("cityscapes")
         listing = []
         for number, part in enumerate(("leftImg8bit", "gtFine")):
             data = pack_tree(tree / part, tmp_path / f"{part}.zip", "zip", prefix=f"{part}/").read_bytes()
@@ -547,7 +737,7 @@ class TestCityscapes:
         return server
 
     def fetch(self, root):
-        return fetch.fetch("cityscapes", root, retry=RETRY, progress=False)
+        return fetch.fetch("cityscapes", root, progress=False)
 
     def test_with_an_account_from_the_environment(self, site, tmp_path, capfd):
         assert self.fetch(tmp_path / "root") == ["leftImg8bit", "gtFine"]
@@ -560,6 +750,7 @@ class TestCityscapes:
     def test_with_an_account_from_the_prompt(self, site, tmp_path, monkeypatch):
         monkeypatch.delenv("CITYSCAPES_USERNAME")
         monkeypatch.delenv("CITYSCAPES_PASSWORD")
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
         monkeypatch.setattr("builtins.input", lambda prompt: "you")
         monkeypatch.setattr("getpass.getpass", lambda prompt: "secret")
         self.fetch(tmp_path / "root")
@@ -571,12 +762,62 @@ class TestCityscapes:
             self.fetch(tmp_path / "root")
         assert "guess" not in str(error.value)
 
+    PACKAGE = "/file-handling/?packageID=0"
+
+    def half_there(self, site, root):
+        """Leave half of the first package, as an interrupted fetch does."""
+        data = site.files[self.PACKAGE]
+        partial = root / ".downloads/partial/leftImg8bit_trainvaltest.zip"
+        partial.parent.mkdir(parents=True)
+        partial.write_bytes(data[: len(data) // 2])
+        return partial, len(data) // 2
+
     def test_a_dropped_connection_is_resumed(self, site, tmp_path):
-        path = "/file-handling/?packageID=0"
-        site.faults[path] = [0.5]
+        site.faults[self.PACKAGE] = [0.5]
         self.fetch(tmp_path / "root")
-        assert len(site.ranges_of(path)) == 2
-        assert site.ranges_of(path)[1] != "bytes=0-"
+        assert len(site.ranges_of(self.PACKAGE)) == 2
+        assert site.ranges_of(self.PACKAGE)[1] != "bytes=0-"
+
+    def test_an_interrupted_fetch_goes_on(self, site, tmp_path):
+        _, half = self.half_there(site, tmp_path / "root")
+        self.fetch(tmp_path / "root")
+        assert site.ranges_of(self.PACKAGE) == [f"bytes={half}-"]
+
+    @pytest.mark.parametrize("fault", ["no account", "wrong account", "full disk", "login page", "odd range"])
+    def test_a_partial_download_survives(self, site, tmp_path, monkeypatch, fault):
+        root = tmp_path / "root"
+        partial, half = self.half_there(site, root)
+        before = partial.read_bytes()
+        if fault == "no account":
+            monkeypatch.delenv("CITYSCAPES_USERNAME")
+            monkeypatch.setattr("sys.stdin", io.StringIO())
+        elif fault == "wrong account":
+            monkeypatch.setenv("CITYSCAPES_PASSWORD", "guess")
+        elif fault == "full disk":
+            full = shutil._ntuple_diskusage(10**9, 10**9, archive.MIN_FREE_AFTER)
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+        elif fault == "login page":
+            site.faults[self.PACKAGE] = [answer(body=b"<html>", Content_Length=6, Content_Type="text/html")]
+        else:
+            odd = answer(
+                "206 Partial", b"1", Content_Length=1, Content_Range=f"bytes {half + 1}-{half + 1}/9"
+            )
+            site.faults[self.PACKAGE] = [odd]
+        with pytest.raises(MscsError, match=r"account|free|web page|does not go on"):
+            self.fetch(root)
+        assert partial.read_bytes() == before
+        monkeypatch.undo()
+
+    def test_a_server_that_starts_over_is_followed(self, site, tmp_path):
+        self.half_there(site, tmp_path / "root")
+        site.ranges = False
+        self.fetch(tmp_path / "root")
+
+    def test_a_download_that_only_lacks_its_check_is_checked(self, site, tmp_path):
+        partial, _ = self.half_there(site, tmp_path / "root")
+        partial.write_bytes(site.files[self.PACKAGE])
+        self.fetch(tmp_path / "root")
+        assert site.ranges_of(self.PACKAGE)[1] == f"bytes={len(site.files[self.PACKAGE]) - 1}-"
 
     def test_a_wrong_checksum(self, site, tmp_path):
         site.files["/md5-sum/?packageID=1"] = b"00  gtFine"

@@ -2,8 +2,10 @@
 
 import importlib
 import pickle
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -12,12 +14,16 @@ import pytest
 from PIL import Image
 
 from mscs.datasets import DATASETS, Dataset, Sample, build_dataset, label_set
-from mscs.datasets.labels import cadis_blacklist, cadis_raw_classes, cadis_videos, voc_palette
+from mscs.datasets.cadis import RAW_CLASSES, VIDEOS, blacklist
+from mscs.datasets.fetch import fetch
+from mscs.datasets.spec import Part, Spec, build_index, names_in, numbered_labels, voc_palette
+from mscs.datasets.verify import verify
 from mscs.errors import MscsError, UsageError
+from mscs.predictions import write_prediction
 
 
 def split_sizes(name):
-    return {"train": 3, "val": 2} | ({"test": 1} if "test" in label_set(name).splits else {})
+    return {"train": 3, "val": 2} | ({"test": 1} if "test" in DATASETS[name].splits else {})
 
 
 @pytest.fixture(params=["real layout", "generated"])
@@ -59,7 +65,7 @@ def test_contract(name, any_root):
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [*((n, None) for n in DATASETS[:3]), *(("cadis", t) for t in (1, 2, 3))]
+    ("name", "task"), [(name, task) for name, spec in DATASETS.items() for task in spec.tasks]
 )
 def test_labels_are_mapped_as_the_table_says(name, task, make_tree):
     dataset = build_dataset(name, "train", make_tree(name), task)
@@ -98,16 +104,19 @@ def test_facts():
     assert {name: label_set(name).num_classes for name in counts} == counts
     assert [label_set("cadis", task).num_classes for task in (1, 2, 3)] == [8, 17, 25]
     assert label_set("cadis").task == 3
-    assert label_set("cityscapes").split_counts == {"train": 2975, "val": 500, "test": 1525}
-    assert label_set("ade20k").split_counts == {"train": 20210, "val": 2000}
-    assert label_set("pascal_context").split_counts == {"train": 4998, "val": 5105}
-    assert label_set("cadis").split_counts == {"train": 3550, "val": 534, "test": 586}
-    assert sorted(v for split in ("train", "val", "test") for v in cadis_videos(split)) == list(range(1, 26))
+    assert {name: tuple(spec.splits.values()) for name, spec in DATASETS.items()} == {
+        "cityscapes": (2975, 500, 1525),
+        "ade20k": (20210, 2000),
+        "pascal_context": (4998, 5105),
+        "cadis": (3550, 534, 586),
+    }
+    assert sorted(video for videos in VIDEOS.values() for video in videos) == list(range(1, 26))
+    assert len(blacklist()) == 179
     for task in (1, 2, 3):
         labels = label_set("cadis", task)
         assert labels.known_raw_values() == set(range(36))
         for name, raw in zip(labels.classes[:7], labels.raw_ids[:7], strict=True):
-            assert [cadis_raw_classes()[value] for value in raw] == [name]
+            assert [RAW_CLASSES[value] for value in raw] == [name]
     weights = label_set("cityscapes").class_weights
     assert len(weights) == 19
     assert (weights[0], weights[-1]) == (0.8373, 1.0507)
@@ -134,7 +143,7 @@ def test_cityscapes_reads_train_ids(make_tree):
 
 def test_blacklist_is_an_option(make_tree):
     root = make_tree("cadis")
-    listed = sorted(id for id in cadis_blacklist() if id.startswith("Video8_"))[0]
+    listed = sorted(id for id in blacklist() if id.startswith("Video8_"))[0]
     image, label = (root / "Video01" / kind / "Video1_frame000000.png" for kind in ("Images", "Labels"))
     for source, kind in ((image, "Images"), (label, "Labels")):
         target = root / "Video08" / kind / f"{listed}.png"
@@ -243,8 +252,8 @@ def test_wrong_requests(arguments, options, message, tmp_path):
 
 def test_facts_need_no_heavy_package():
     code = (
-        "import sys, mscs.datasets.labels as l; l.label_set('cadis', 2); import mscs.datasets;"
-        "print([m for m in ('torch', 'cv2', 'numpy', 'PIL') if m in sys.modules])"
+        "import sys, mscs.datasets as d, mscs.datasets.commands; d.label_set('cadis', 2);"
+        "print([m for m in ('torch', 'cv2', 'numpy', 'PIL', 'pooch', 'requests') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]
     result = subprocess.run(
@@ -257,7 +266,7 @@ def test_png_decoders_agree(make_tree, monkeypatch):
     pytest.importorskip("imagecodecs")
     dataset = build_dataset("cityscapes", "train", make_tree("cityscapes"))
     fast = dataset[0]
-    monkeypatch.setattr("mscs.datasets.base._imagecodecs", lambda: None)
+    monkeypatch.setattr("mscs.datasets.base.imagecodecs", None)
     assert np.array_equal(fast.image, dataset[0].image)
     assert np.array_equal(fast.label, dataset[0].label)
 
@@ -268,3 +277,86 @@ def test_a_colour_png_in_grey_is_read_as_rgb(make_tree):
     grey = np.arange(24 * 40, dtype=np.uint8).reshape(24, 40)
     cv2.imwrite(str(root / dataset.entries[0].image), grey)
     assert np.array_equal(dataset[0].image, np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_a_colour_png_with_a_transparent_colour_has_three_channels(make_tree):
+    root = make_tree("cityscapes")
+    dataset = build_dataset("cityscapes", "train", root)
+    before = dataset[0].image
+    Image.fromarray(before).save(root / dataset.entries[0].image, transparency=tuple(before[0, 0].tolist()))
+    assert np.array_equal(dataset[0].image, before)
+
+
+def test_labels_with_a_transparent_value_are_read_by_value(make_tree):
+    root = make_tree("cadis")
+    dataset = build_dataset("cadis", "train", root)
+    path, before = root / dataset.entries[0].label, dataset[0].label
+    Image.fromarray(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)).save(path, transparency=3)
+    assert np.array_equal(dataset[0].label, before)
+
+
+def giant_png(width, height):
+    """A PNG of a few bytes whose header claims any size."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(bytes(1000)), b"IEND")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks
+    )
+
+
+@pytest.mark.parametrize("size", [(65500, 65500), (9000, 9000)])
+def test_a_header_that_claims_too_much_is_named(size, make_tree):
+    root = make_tree("cityscapes")
+    dataset = build_dataset("cityscapes", "train", root)
+    path = root / dataset.entries[1].image
+    path.write_bytes(giant_png(*size))
+    with pytest.raises(MscsError, match=rf"{path.name}: cannot be decoded .*pixels"):
+        dataset[1]
+
+
+@pytest.mark.parametrize("name", ["/tmp/evil", "../../evil", "a/../../evil", "../..", "a\\b", "a\x1b[2J"])
+def test_lists_of_images_cannot_name_files_elsewhere(name, make_tree):
+    root = make_tree("pascal_context")
+    with (root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt").open("a") as file:
+        file.write(f"{name}\n")
+    with pytest.raises(MscsError, match=r"points outside|no plain") as error:
+        build_dataset("pascal_context", "train", root)
+    assert str(error.value).isprintable()
+    with pytest.raises(MscsError, match=r"points outside|no plain"):
+        write_prediction(root, label_set("pascal_context"), name, np.zeros((2, 2), np.uint8))
+    assert not (root.parent / "evil.png").exists()
+
+
+def test_lists_that_name_an_image_twice_are_refused(make_tree):
+    root = make_tree("pascal_context")
+    path = root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt"
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(MscsError, match="listed twice"):
+        build_dataset("pascal_context", "train", root)
+
+
+def test_a_dataset_is_one_spec(make_tree, monkeypatch):
+    """What the README asks for is enough: reading, verifying and fetching take everything from the `Spec`."""
+
+    def index(labels, split, root):
+        names = names_in(root / split, ".jpg")
+        return build_index(labels, root, ((n, f"{split}/{n}.jpg", f"{split}/{n}.png") for n in names))
+
+    spec = Spec(
+        name="pets",
+        label_sets=(numbered_labels("pets", "cat, dog"),),
+        splits={"train": 1},
+        index=index,
+        parts=(Part("train", {"train/*.jpg": 1}),),
+        home="home",
+        licence="licence",
+        tolerance=1.0,
+    )
+    monkeypatch.setitem(DATASETS, "pets", spec)
+    root = make_tree("ade20k") / "pets"
+    (root / "given/train").mkdir(parents=True)
+    cv2.imwrite(str(root / "given/train/tom.jpg"), np.zeros((8, 8, 3), np.uint8))
+    cv2.imwrite(str(root / "given/train/tom.png"), np.full((8, 8), 2, np.uint8))
+    assert fetch("pets", root, given=root / "given") == ["train"]
+    assert verify("pets", root, progress=False)["splits"] == {"train": 1}
+    assert build_dataset("pets", "train", root)[0].label.tolist() == [[1] * 8] * 8

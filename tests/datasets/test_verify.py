@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import struct
 
 import cv2
 import numpy as np
@@ -13,39 +14,26 @@ from PIL import Image
 
 from mscs.datasets import DATASETS, build_dataset, label_set
 from mscs.datasets.commands import add_data_commands, default_root
-from mscs.datasets.prepare import build_cache, cache_bytes, context_lookup, convert_pascal_context
+from mscs.datasets.pascal_context import context_lookup, convert_labels
+from mscs.datasets.prepare import build_cache, cache_bytes
 from mscs.datasets.show import contact_sheet
-from mscs.datasets.verify import manifest, verify
+from mscs.datasets.verify import check_manifest, verify
 from mscs.errors import MscsError, UsageError
 
 COUNTS = {"train": 3, "val": 2}
 
 
-@pytest.fixture
-def small(make_tree, monkeypatch):
-    """`small(name)` writes a complete tree, the official counts being those of the tree."""
-    from mscs.datasets import labels
-
-    facts = json.loads(json.dumps(labels._facts()))
-
-    def make(name):
-        counts = COUNTS | ({"test": 1} if "test" in label_set(name).splits else {})
-        facts[name]["split_counts"] = counts
-        monkeypatch.setattr(labels, "_facts", lambda: facts)
-        return make_tree(name, counts)
-
-    return make
-
-
-def check(name, root):
-    return verify(name, root, progress=False)
+def problems_of(name, root):
+    with pytest.raises(MscsError) as error:
+        verify(name, root, progress=False)
+    return [line.strip() for line in str(error.value).splitlines()[1:]]
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_manifest(name, small):
     root = small(name)
-    found = manifest(name, root, progress=False)
-    assert found["splits"] == label_set(name).split_counts
+    found = verify(name, root, progress=False)
+    assert found["splits"] == DATASETS[name].splits
     assert not found["generated"]
     files = {}
     for line in found["files"]:
@@ -62,14 +50,14 @@ def test_manifest(name, small):
 
 def test_the_digest_depends_on_contents_and_nothing_else(small, tmp_path):
     root = small("ade20k")
-    before = manifest("ade20k", root, progress=False)["digest"]
+    before = verify("ade20k", root, progress=False)["digest"]
     copy = shutil.copytree(root, tmp_path / "copy")
-    assert verify("ade20k", copy, workers=1, progress=False).manifest["digest"] == before
+    assert verify("ade20k", copy, workers=1, progress=False)["digest"] == before
     path = copy / build_dataset("ade20k", "val", copy).entries[0].label
     label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
     label[0, 0] = (label[0, 0] + 1) % 151
     cv2.imwrite(str(path), label)
-    assert manifest("ade20k", copy, progress=False)["digest"] != before
+    assert verify("ade20k", copy, progress=False)["digest"] != before
 
 
 def test_all_problems_are_reported(small):
@@ -79,14 +67,64 @@ def test_all_problems_are_reported(small):
     images[0].write_bytes(images[0].read_bytes()[:300])
     cv2.imwrite(str(labels[1]), np.full((24, 40), 151, np.uint8))
     cv2.imwrite(str(labels[2]), np.zeros((24, 41), np.uint8))
-    report = check("ade20k", root)
-    assert len(report.problems) == 3
-    assert f"{images[0]}: cannot be decoded" in report.problems[0]
-    assert report.problems[1] == f"{labels[1]}: unknown label values [151]"
-    assert f"{labels[2]}: label is 41x24 pixels, its image 40x24" in report.problems[2]
+    problems = problems_of("ade20k", root)
+    assert len(problems) == 3
+    assert f"{images[0]}: cannot be decoded" in problems[0]
+    assert problems[1] == f"{labels[1]}: unknown label values [151]"
+    assert f"{labels[2]}: label is 41x24 pixels, its image 40x24" in problems[2]
     assert not (root / "manifest.json").exists()
-    with pytest.raises(MscsError, match=r"3 problems\n.*cannot be decoded"):
-        manifest("ade20k", root, progress=False)
+
+
+def test_a_header_that_claims_too_much_is_one_problem_of_many(small):
+    root = small("cityscapes")
+    first, second = (root / entry.image for entry in build_dataset("cityscapes", "train", root).entries[:2])
+    first.write_bytes(first.read_bytes()[:16] + struct.pack(">II", 65500, 65500) + first.read_bytes()[24:])
+    second.write_bytes(b"")
+    problems = problems_of("cityscapes", root)
+    assert [problem.partition(":")[0] for problem in problems] == [str(first), str(second)]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_training_data_must_fit_the_manifest(name, small):
+    root = small(name)
+    with pytest.raises(UsageError, match=f"mscs data verify {name}"):
+        check_manifest(name, root)
+    digest = verify(name, root, progress=False)["digest"]
+    assert check_manifest(name, root) == digest
+    image = root / build_dataset(name, "train", root).entries[0].image
+    data = image.read_bytes()
+    image.write_bytes(data[:-1])
+    with pytest.raises(MscsError, match=rf"files do not fit.*{image.name}: {len(data) - 1} bytes, not"):
+        check_manifest(name, root)
+    image.unlink()
+    with pytest.raises(MscsError, match=rf"{image.name}: missing"):
+        check_manifest(name, root)
+    image.write_bytes(data)
+    manifest_file = root / "manifest.json"
+    whole = manifest_file.read_text()
+    for damaged in (whole.replace(digest, "0" * 64), "[]", '{"dataset": 1}', whole[:-9], "[" * 99999):
+        manifest_file.write_text(damaged)
+        with pytest.raises(MscsError, match=r"manifest\.json"):
+            check_manifest(name, root)
+
+
+def test_files_that_were_added_do_not_fit_the_manifest(small):
+    root = small("ade20k")
+    verify("ade20k", root, progress=False)
+    entry = build_dataset("ade20k", "train", root).entries[0]
+    for path in (entry.image, entry.label):
+        shutil.copy(root / path, root / path.replace("00000001", "00000009"))
+    with pytest.raises(MscsError, match=r"2 files do not fit.*00000009.*not in the manifest"):
+        check_manifest("ade20k", root)
+
+
+def test_a_changed_list_of_images_does_not_fit_the_manifest(small):
+    root = small("pascal_context")
+    verify("pascal_context", root, progress=False)
+    path = root / "VOCdevkit/VOC2010/ImageSets/Main/train.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(MscsError, match=r"2 files do not fit.*in no split"):
+        check_manifest("pascal_context", root)
 
 
 def test_wrong_counts_and_missing_splits(small):
@@ -95,20 +133,20 @@ def test_wrong_counts_and_missing_splits(small):
         victim = sorted((root / folder / "train").glob("*/*"))[0]
         victim.unlink()
         shutil.rmtree(root / folder / "test")
-    problems = check("cityscapes", root).problems
+    problems = problems_of("cityscapes", root)
     assert problems[0] == "split train: 2 images, expected 3"
     assert problems[1].startswith("split test: cityscapes: no folder")
     assert len(problems) == 2
 
 
 def test_the_official_counts_are_expected(make_tree):
-    problems = check("pascal_context", make_tree("pascal_context", COUNTS)).problems
+    problems = problems_of("pascal_context", make_tree("pascal_context", COUNTS))
     assert problems == ["split train: 3 images, expected 4998", "split val: 2 images, expected 5105"]
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises((UsageError, MscsError), match="mscs data fetch cadis"):
-        check("cadis", tmp_path)
+    with pytest.raises(UsageError, match="mscs data fetch cadis"):
+        verify("cadis", tmp_path)
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -116,7 +154,7 @@ def test_generated_data_is_sound(name, tmp_path):
     from mscs.datasets.toy import write_dataset
 
     write_dataset(name, tmp_path / name, seed=5, train=3, val=2, image_size=(64, 96), progress=False)
-    found = manifest(name, tmp_path / name, progress=False)
+    found = verify(name, tmp_path / name, progress=False)
     assert found["generated"]
     assert found["splits"] == COUNTS
 
@@ -128,9 +166,6 @@ def context(make_tree):
     classes = label_set("pascal_context").classes
     names = np.random.default_rng(1).permutation([*classes, *(f"other {i}" for i in range(400))]).tolist()
     (root / "labels.txt").write_text("".join(f"{i}: {name}\n" for i, name in enumerate(names, 1)))
-    (root / "59_labels.txt").write_text(
-        "".join(f"{i}: {name}\n" for i, name in enumerate(reversed(classes), 1))
-    )
     (root / "trainval").mkdir()
     raws = {}
     for path in (root / "SegmentationClassContext59").iterdir():
@@ -142,7 +177,7 @@ def context(make_tree):
 
 def test_context_is_converted_by_name(context):
     root, names, raws = context
-    assert convert_pascal_context(root, progress=False) == 5
+    assert convert_labels(root, progress=False) == 5
     dataset = build_dataset("pascal_context", "train", root)
     for sample in dataset:
         expected = np.full((24, 40), 255)
@@ -151,7 +186,7 @@ def test_context_is_converted_by_name(context):
             if name in dataset.classes:
                 expected[place] = dataset.classes.index(name)
         assert np.array_equal(sample.label, expected)
-    assert convert_pascal_context(root, progress=False) == 0
+    assert convert_labels(root, progress=False) == 0
 
 
 def test_conversion_goes_on_after_a_broken_file(context):
@@ -160,10 +195,10 @@ def test_conversion_goes_on_after_a_broken_file(context):
     data = path.read_bytes()
     path.write_bytes(data[:100])
     with pytest.raises(MscsError, match=rf"{path.name}: broken annotation"):
-        convert_pascal_context(root, progress=False)
+        convert_labels(root, progress=False)
     assert not (root / "SegmentationClassContext59").exists()
     path.write_bytes(data)
-    assert convert_pascal_context(root, progress=False) == 5
+    assert convert_labels(root, progress=False) == 5
     assert len(build_dataset("pascal_context", "train", root)) == 3
 
 
@@ -173,10 +208,6 @@ def test_names_that_do_not_fit(context):
     (root / "labels.txt").write_text(text.replace(": aeroplane\n", ": airplane\n"))
     with pytest.raises(MscsError, match="no class named aeroplane"):
         context_lookup(root)
-    (root / "labels.txt").write_text(text)
-    (root / "59_labels.txt").write_text("1: aeroplane\n")
-    with pytest.raises(MscsError, match="other classes"):
-        context_lookup(root)
     (root / "labels.txt").unlink()
     with pytest.raises(MscsError, match="459 class names is missing"):
         context_lookup(root)
@@ -185,11 +216,11 @@ def test_names_that_do_not_fit(context):
 @pytest.mark.parametrize("name", DATASETS)
 def test_cache_gives_the_same_samples(name, small, tmp_path):
     root = small(name)
-    manifest(name, root, progress=False)
+    verify(name, root, progress=False)
     plain = build_dataset(name, "train", root)
     before = [plain[i] for i in range(3)]
     files = build_cache(name, root, tmp_path / "fast disk", progress=False)
-    assert files == 2 * sum(label_set(name).split_counts.values())
+    assert files == 2 * sum(DATASETS[name].splits.values())
     assert sum(p.stat().st_size for p in (tmp_path / "fast disk").rglob("*.npy")) == cache_bytes(name, root)
     cached = build_dataset(name, "train", root)
     for entry in plain.entries:
@@ -206,11 +237,11 @@ def test_cache_belongs_to_one_manifest(small):
         build_cache("ade20k", root, progress=False)
     with pytest.raises(UsageError, match="mscs data verify ade20k"):
         cache_bytes("ade20k", root)
-    manifest("ade20k", root, progress=False)
+    verify("ade20k", root, progress=False)
     build_cache("ade20k", root, progress=False)
     path = root / build_dataset("ade20k", "train", root).entries[0].image
     Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(path)
-    manifest("ade20k", root, progress=False)
+    verify("ade20k", root, progress=False)
     with pytest.raises(UsageError, match="decoded from other files"):
         build_dataset("ade20k", "train", root)
     assert cache_bytes("ade20k", root) > 0
@@ -218,9 +249,24 @@ def test_cache_belongs_to_one_manifest(small):
     assert build_dataset("ade20k", "train", root)[0].image.max() == 0
 
 
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"manifest": 1}'])
+def test_a_damaged_index_of_the_cache_is_refused_and_built_again(damage, small):
+    root = small("ade20k")
+    verify("ade20k", root, progress=False)
+    build_cache("ade20k", root, progress=False)
+    (root / "decoded/index.json").write_text(damage)
+    with pytest.raises(UsageError, match="mscs data prepare --cache"):
+        build_dataset("ade20k", "train", root)
+    build_cache("ade20k", root, progress=False)
+    dataset = build_dataset("ade20k", "train", root)
+    next((root / "decoded").rglob("ADE_train_00000001.jpg.npy")).write_bytes(b"\x93NUMPY")
+    with pytest.raises(MscsError, match=r"ADE_train_00000001\.jpg\.npy.*damaged"):
+        dataset[0]
+
+
 def test_cache_refuses_files_that_are_not_in_the_manifest(small):
     root = small("ade20k")
-    manifest("ade20k", root, progress=False)
+    verify("ade20k", root, progress=False)
     path = root / build_dataset("ade20k", "train", root).entries[0].image
     Image.fromarray(np.zeros((24, 40, 3), np.uint8)).save(path)
     with pytest.raises(MscsError, match=rf"{path.name}: not the file in"):

@@ -1,148 +1,176 @@
-"""Pretrained weights, fetched from a server on this machine."""
+"""Pretrained weights, from a hub on this machine and from files."""
 
-import functools
 import hashlib
 import http.server
-import json
 import threading
+import time
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import close_session, constants
+from safetensors.torch import save, save_file
 
 from mscs.errors import MscsError, UsageError
 from mscs.models import build_model, fetch_pretrained
 from mscs.models.backbone import build_backbone
-from mscs.models.pretrained import CHECKSUMS, PINNED_TAGS, fetch_weights
+from mscs.models.pretrained import PINNED_TAGS, pretrained_record
+
+TAG = "resnet18.tv_in1k"
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    requests = 0
+class Hub:
+    """A Hugging Face hub that serves `files` (repository to bytes), with their SHA-256 or a wrong one."""
 
-    def log_message(self, *arguments):
-        pass
+    def __init__(self):
+        self.files, self.requests, self.lie, self.cut, self.tries = {}, [], None, None, 0
+        hub = self
 
-    def do_GET(self):
-        type(self).requests += 1
-        if self.path.startswith("/cut"):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"x" * 10)
-        else:
-            super().do_GET()
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *arguments):
+                pass
+
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                hub.requests.append((self.command, self.path))
+                data = hub.files.get(self.path.split("/resolve/")[0].removeprefix("/"))
+                if data is None:
+                    self.send_response(404)
+                    self.send_header("X-Error-Code", "RepoNotFound")
+                    self.end_headers()
+                    return
+                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+                self.send_response(206 if start else 200)
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("ETag", f'"{hub.lie or hashlib.sha256(data).hexdigest()}"')
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(data[start:][: hub.cut])
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
-def served(tmp_path):
-    """A folder and the address under which it is served."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = functools.partial(Quiet, directory=folder)
-    Quiet.requests = 0
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def hub(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # what HF_ENDPOINT sets when the client is imported
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
     monkeypatch.setenv("MSCS_WEIGHTS", str(folder))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    close_session()  # the client keeps one, with the proxies of its first use
     return folder
 
 
-def test_a_file_is_fetched_once_and_its_checksum_recorded(served, cache):
-    folder, address = served
-    (folder / "net.pth").write_bytes(b"weights")
-    path = fetch_weights("net", f"{address}/net.pth")
-    assert path == cache / "net.pth"
-    assert path.read_bytes() == b"weights"
-    assert fetch_weights("net", f"{address}/net.pth") == path
-    assert Quiet.requests == 1
-    recorded = json.loads((cache / CHECKSUMS).read_text())
-    assert recorded == {"net.pth": hashlib.sha256(b"weights").hexdigest()}
-    assert sorted(p.name for p in cache.iterdir()) == [CHECKSUMS, "net.pth"]
+@pytest.fixture
+def served(hub):
+    """The weights that the hub has for `TAG`."""
+    tensors = timm.create_model("resnet18").state_dict()
+    hub.files[f"timm/{TAG}"] = save(tensors)
+    return tensors
 
 
-def test_a_file_that_changed_is_refused(served):
-    folder, address = served
-    (folder / "net.pth").write_bytes(b"weights")
-    path = fetch_weights("net", f"{address}/net.pth")
-    path.write_bytes(b"weightz")
-    with pytest.raises(MscsError, match=r"has SHA-256 .* expected .*Delete it"):
-        fetch_weights("net", f"{address}/net.pth")
+def test_a_file_is_fetched_once_and_then_needs_no_network(hub, served, cache, monkeypatch):
+    path = fetch_pretrained(TAG)
+    assert path.read_bytes() == hub.files[f"timm/{TAG}"]
+    assert cache in path.parents
+    assert hub.requests[-1] == ("GET", f"/timm/{TAG}/resolve/main/model.safetensors")
+    hub.requests.clear()
+    assert fetch_pretrained(TAG) == path
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_pretrained(TAG) == path
+    assert hub.requests == []
 
 
-def test_a_checksum_in_the_name_is_compared_at_the_first_download(served):
-    folder, address = served
-    right = f"net-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
-    for name in (right, "net-01234567.pth"):
-        (folder / name).write_bytes(b"weights")
-    fetch_weights("net", f"{address}/{right}")
-    with pytest.raises(MscsError, match="expected begins with 01234567"):
-        fetch_weights("net", f"{address}/net-01234567.pth")
+def test_pretrained_true_loads_what_the_hub_has(hub, served):
+    model = build_model("upernet", TAG, 3, channels=8, pretrained=True)
+    assert torch.equal(model.backbone.body.layer4[1].conv2.weight, served["layer4.1.conv2.weight"])
 
 
-def test_hub_files_are_named_after_the_backbone(served, cache):
-    folder, address = served
-    (folder / "model.safetensors").write_bytes(b"weights")
-    assert fetch_weights("net.tag", f"{address}/model.safetensors") == cache / "net.tag.safetensors"
+def test_the_record_names_the_file_and_its_checksum(hub, served, tmp_path):
+    digest = hashlib.sha256(hub.files[f"timm/{TAG}"]).hexdigest()
+    assert pretrained_record(TAG, True) == {TAG: digest}
+    assert pretrained_record(TAG, False) is None
+    (tmp_path / "own.safetensors").write_bytes(hub.files[f"timm/{TAG}"])
+    assert pretrained_record("resnet18", tmp_path / "own.safetensors") == {"own.safetensors": digest}
+    with pytest.raises(UsageError, match="no weight file"):
+        pretrained_record("resnet18", tmp_path / "gone.pth")
 
 
-def test_a_cut_off_download_leaves_nothing_behind(served, cache):
-    _, address = served
-    with pytest.raises(MscsError, match="broke after 10 of 1000 bytes"):
-        fetch_weights("net", f"{address}/cut.pth")
-    assert list(cache.iterdir()) == []
+def test_a_file_that_changed_is_refused(hub, served):
+    path = fetch_pretrained(TAG)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(MscsError, match=r"has SHA-256 .* expected .*Delete .*blobs"):
+        fetch_pretrained(TAG)
 
 
-def test_without_network_the_error_says_where_to_place_the_file(cache):
-    with pytest.raises(MscsError) as error:
-        fetch_weights("resnet50.tv_in1k", "http://127.0.0.1:9/resnet50-0676ba61.pth")
-    message = str(error.value)
-    assert "http://127.0.0.1:9/resnet50-0676ba61.pth" in message
-    assert f"{cache / 'resnet50-0676ba61.pth'} (SHA-256: begins with 0676ba61)" in message
-    assert "MSCS_WEIGHTS" in message
+def test_a_file_that_is_not_what_the_hub_states_is_refused(hub, served):
+    hub.lie = "0" * 64
+    with pytest.raises(MscsError, match=f"expected {'0' * 64}"):
+        fetch_pretrained(TAG)
 
 
-def test_pinned_weights_are_the_papers(monkeypatch):
-    asked = {}
-    monkeypatch.setattr("mscs.models.backbone.fetch_weights", lambda name, url: asked.setdefault(name, url))
+def test_a_cut_off_download_is_no_file(hub, served):
+    hub.cut = 100
+    with pytest.raises(MscsError, match="cannot download"):
+        fetch_pretrained(TAG)
+    hub.cut = None
+    assert fetch_pretrained(TAG).read_bytes() == hub.files[f"timm/{TAG}"]
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_network_the_error_says_what_to_do(offline, hub, cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(MscsError, match=rf"timm/{TAG}/model.safetensors .*{cache}.*give pretrained the path"):
+        fetch_pretrained(TAG)
+    assert bool(hub.requests) is not offline
+
+
+def test_pinned_weights_are_the_papers(monkeypatch, tmp_path):
+    asked = []
+
+    def answer(repo_id, filename, **_):
+        asked.append(repo_id)
+        (tmp_path / filename).touch()
+        return tmp_path / filename
+
+    monkeypatch.setattr("mscs.models.pretrained.hf_hub_download", answer)
     for name in PINNED_TAGS:
         fetch_pretrained(name)
-    swin = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_"
-    assert asked == {
-        "hrnet_w48.ms_in1k": "https://huggingface.co/timm/hrnet_w48.ms_in1k/resolve/main/model.safetensors",
-        "resnet50.tv_in1k": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-        "resnet101.tv_in1k": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-        "swin_tiny_patch4_window7_224.ms_in1k": f"{swin}tiny_patch4_window7_224.pth",
-        "swin_small_patch4_window7_224.ms_in1k": f"{swin}small_patch4_window7_224.pth",
-        "swin_base_patch4_window7_224.ms_in1k": f"{swin}base_patch4_window7_224.pth",
-        "swin_large_patch4_window7_224.ms_in22k": f"{swin}large_patch4_window7_224_22k.pth",
-        "swin_base_patch4_window12_384.ms_in22k": f"{swin}base_patch4_window12_384_22k.pth",
-        "swin_large_patch4_window12_384.ms_in22k": f"{swin}large_patch4_window12_384_22k.pth",
-    }
+    assert asked == [
+        "timm/hrnet_w48.ms_in1k",
+        "timm/resnet50.tv_in1k",
+        "timm/resnet101.tv_in1k",
+        "timm/swin_tiny_patch4_window7_224.ms_in1k",
+        "timm/swin_small_patch4_window7_224.ms_in1k",
+        "timm/swin_base_patch4_window7_224.ms_in1k",
+        "timm/swin_large_patch4_window7_224.ms_in22k",
+        "timm/swin_base_patch4_window12_384.ms_in22k",
+        "timm/swin_large_patch4_window12_384.ms_in22k",
+    ]
 
 
 def test_a_backbone_without_pinned_weights_needs_a_tag():
     with pytest.raises(UsageError, match=r"no pinned weights; name the tag, one of: .*resnet18\.tv_in1k"):
         build_model("upernet", "resnet18", 3, pretrained=True)
-
-
-def test_pretrained_true_loads_what_the_server_has(served, monkeypatch):
-    folder, address = served
-    source = timm.create_model("resnet18")
-    torch.save(source.state_dict(), folder / "resnet18.pth")
-    monkeypatch.setattr(
-        "mscs.models.backbone.fetch_weights", lambda name, url: fetch_weights(name, f"{address}/resnet18.pth")
-    )
-    model = build_model("upernet", "resnet18.tv_in1k", 3, channels=8, pretrained=True)
-    assert torch.equal(model.backbone.body.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -184,5 +212,12 @@ def test_original_swin_files_load(tmp_path):
 @pytest.mark.parametrize("name", ["hrnet_w18_small", "resnet18", "swin_tiny_patch4_window7_224"])
 def test_weights_of_another_network_are_refused(name, tmp_path):
     torch.save({"stem.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UsageError, match=r"the weight file lacks \d+ tensors"):
+    with pytest.raises(UsageError, match=r"lacks \d+ tensors of the backbone: .*1 others: stem\.weight"):
         build_backbone(name, pretrained=tmp_path / "other.pth")
+
+
+def test_weights_of_another_size_are_refused_in_one_line(tmp_path):
+    torch.save(timm.create_model("resnet50").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UsageError, match=r"size mismatch for layer1\.0\.conv1\.weight") as error:
+        build_backbone("resnet18", pretrained=tmp_path / "other.pth")
+    assert len(str(error.value)) < 600
