@@ -38,10 +38,10 @@ def units_of(settings: Mapping[str, Any]) -> dict[Phase, list[str]]:
     """Return the units that a run uses, by phase (`train`, `evaluate`).
 
     Args:
-        settings: a flat mapping, as `mscs show RUN --json` prints it; `model` and the switches of the losses
-            on embeddings are read, each of which is a unit of its name.
+        settings: a flat mapping, as `mscs show RUN --json` prints it; `dataset`, `model` and the switches of
+            the losses on embeddings are read, each of which is a unit of its name.
     """
-    network = ["data", "transforms", "networks", settings["model"]]
+    network = ["data", settings["dataset"], "transforms", "networks", settings["model"]]
     losses = [name for name, info in Loss.model_fields.items() if blocks_in(info) and settings.get(name)]
     return {
         "train": [*network, "cross_entropy", *losses, "optimizer", "training", PACKAGES],

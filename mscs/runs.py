@@ -176,7 +176,7 @@ def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
         "peak_bytes": peak_bytes(world.device),
         "sessions": sessions,
         "data": _data_facts(trainer.dataset.root),
-        "pretrained_weights": _pretrained_digest(settings),
+        "pretrained_weights": pretrained_record(settings.model.backbone, settings.model.pretrained),
     }
 
 
@@ -188,11 +188,6 @@ def _data_facts(root: Path) -> dict[str, Any]:
         "digest": read_json(manifest)["digest"] if manifest.is_file() else None,
         "generated": read_json(marker) if marker.is_file() else None,
     }
-
-
-def _pretrained_digest(settings: Settings) -> dict[str, str] | None:
-    """Return name and SHA-256 of the file that the backbone started from."""
-    return pretrained_record(settings.model.backbone, settings.model.pretrained)
 
 
 def summary(history: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
