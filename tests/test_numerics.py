@@ -30,7 +30,7 @@ def _all(settings):
 
 
 def test_a_raised_version_touches_just_the_runs_that_use_the_unit():
-    ce, ours = ({"model": "hrnet", "contrastive": flag} for flag in (False, True))
+    ce, ours = ({"dataset": "cadis", "model": "hrnet", "contrastive": flag} for flag in (False, True))
     raised = {**NUMERICS, "units": {**NUMERICS["units"], "contrastive": {"version": 7}}}
     assert versions(ce, "train", raised) == versions(ce, "train", NUMERICS)
     assert versions(ours, "train", raised) == versions(ours, "train", NUMERICS) | {"contrastive": 7}
@@ -39,7 +39,7 @@ def test_a_raised_version_touches_just_the_runs_that_use_the_unit():
 
 def test_an_architecture_without_a_unit_is_named():
     with pytest.raises(UsageError, match=r"no unit 'segnet', which run x uses; list it there"):
-        versions({"run": "x", "model": "segnet", "contrastive": False}, "train", NUMERICS)
+        versions({"run": "x", "dataset": "cadis", "model": "segnet", "contrastive": False}, "train", NUMERICS)
 
 
 @pytest.mark.parametrize(
