@@ -11,9 +11,8 @@ from typing import Any
 
 import yaml
 
-from mscs.blocks import blocks_in
 from mscs.errors import UsageError
-from mscs.settings import Loss, Phase
+from mscs.settings import EMBEDDING_LOSSES, Phase
 
 FILE = Path("numerics.yaml")
 PACKAGES = "packages"
@@ -42,7 +41,7 @@ def units_of(settings: Mapping[str, Any]) -> dict[Phase, list[str]]:
             the losses on embeddings are read, each of which is a unit of its name.
     """
     network = ["data", settings["dataset"], "transforms", "networks", settings["model"]]
-    losses = [name for name, info in Loss.model_fields.items() if blocks_in(info) and settings.get(name)]
+    losses = [name for name in EMBEDDING_LOSSES if settings.get(name)]
     return {
         "train": [*network, "cross_entropy", *losses, "optimizer", "training", PACKAGES],
         "evaluate": [*network, "inference", "metrics", PACKAGES],

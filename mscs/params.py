@@ -21,7 +21,7 @@ from mscs.blocks import check_value, from_flat, keys
 from mscs.errors import UsageError, unknown_name
 from mscs.numerics import FILE as NUMERICS
 from mscs.numerics import load_numerics, versions
-from mscs.settings import PHASES, Data, Evaluation, Loss, Model, Schedule, Settings
+from mscs.settings import EMBEDDING_LOSSES, PHASES, Data, Evaluation, Loss, Model, Schedule, Settings
 
 PAPER_GROUPS = 4
 """Every row of the supplement was trained on four GPUs: unless said otherwise a batch is four groups."""
@@ -344,7 +344,7 @@ def _complete(
             )
         values["images_per_group"] = values["batch_size"] // PAPER_GROUPS
         sources["images_per_group"] = f"batch_size / {PAPER_GROUPS}: the paper's images per GPU"
-    if values.get("contrastive") is False and "projector" not in overrides:
+    if not any(values.get(loss) for loss in EMBEDDING_LOSSES) and "projector" not in overrides:
         values["projector"] = None  # it would train on nothing
     maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
     reading = f"our reading for {maps} maps (ledger: fewer-maps):"

@@ -25,6 +25,7 @@ from mscs.blocks import (
     Share,
     Side,
     Weight,
+    blocks_in,
 )
 from mscs.datasets import DATASETS
 from mscs.errors import unknown_name
@@ -145,6 +146,10 @@ class Loss(Block):
     name: Name = Field(alias="loss")
     projector: Literal["backbone", "fpn", "concat"] | None
     contrastive: Contrastive | None
+
+
+EMBEDDING_LOSSES = tuple(name for name, info in Loss.model_fields.items() if blocks_in(info))
+"""Names of the losses on embeddings, which are also the keys that switch them on."""
 
 
 class Sgd(Block):
@@ -279,11 +284,12 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         if low > high:
             yield f"{name}: found [{low}, {high}], expected the smaller one first"
     loss, schedule = settings.loss, settings.schedule
+    for name in EMBEDDING_LOSSES:
+        if getattr(loss, name) is not None and loss.projector is None:
+            yield f"{name}: true needs a projector: backbone, fpn or concat"
     if loss.contrastive is not None:
         scales = len(loss.contrastive.scale_weights)
         maps = 1 if loss.projector == "concat" else settings.model.feature_maps
-        if loss.projector is None:
-            yield "contrastive: true needs a projector: backbone, fpn or concat"
         if scales != maps:
             yield f"scale_weights: found {scales}, but projector {loss.projector} has {maps} feature maps"
         if any(a == b or max(a, b) >= scales for a, b in loss.contrastive.cross_pairs):
