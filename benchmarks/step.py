@@ -105,7 +105,7 @@ IMAGE_SIZES = {
 def drawn_dataset(settings, job, folder):
     """Draw a few images of the dataset's usual size: reading and augmenting cost what they do in training."""
     from mscs.datasets import build_dataset
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
 
     size = settings.image_size or IMAGE_SIZES[settings.dataset]
     if job["quick"]:

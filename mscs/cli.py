@@ -369,7 +369,7 @@ def require_data(settings: Settings, root: Path) -> None:
     if settings.data_source != "generated" or root != data_root(settings):
         profile = f"`python -m reproduce run {settings.dataset}`"
         raise UsageError(f"no dataset in {root}; make or fetch it with {profile} or `mscs data --help`")
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
 
     if settings.train_images is None or settings.val_images is None:
         raise UsageError("generated data needs train_images and val_images")

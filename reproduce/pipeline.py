@@ -165,7 +165,7 @@ def _data(datasets: list[str]) -> dict[str, Any]:
     stage = _stage(
         "data",
         "${item.dataset}",
-        deps=imports_of("mscs.datasets.synth", "mscs.datasets.verify", "reproduce.baselines"),
+        deps=imports_of("mscs.datasets.toy", "mscs.datasets.verify", "reproduce.baselines"),
         params=[{RESOLVED: ["${item.dataset}"]}],
         outs=[_out(f"results/{PROFILE}/data/${{item.dataset}}.json")],
     )

@@ -27,7 +27,7 @@ def resolve(profile: str) -> None:
 
 def data(profile: str, dataset: str) -> None:
     """Make (mini) or check (paper) one dataset and write its manifest."""
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
     from mscs.datasets.verify import manifest
 
     settings = read_json(_resolved(profile))[dataset]

@@ -17,7 +17,7 @@ SMALLER = {"train_images": 8, "val_images": 2, "steps_factor": 0.0001, "checkpoi
 @pytest.fixture(scope="session")
 def generated(tmp_path_factory):
     """Return a function that draws a small dataset once and gives its folder."""
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
 
     roots: dict[str, Path] = {}
 

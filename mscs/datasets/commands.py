@@ -86,7 +86,7 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _synth(args: argparse.Namespace) -> int:
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
 
     root = _root(args)
     size = tuple(args.size) if args.size else None

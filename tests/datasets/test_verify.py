@@ -113,7 +113,7 @@ def test_nothing_there(tmp_path):
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_generated_data_is_sound(name, tmp_path):
-    from mscs.datasets.synth import write_dataset
+    from mscs.datasets.toy import write_dataset
 
     write_dataset(name, tmp_path / name, seed=5, train=3, val=2, image_size=(64, 96), progress=False)
     found = manifest(name, tmp_path / name, progress=False)

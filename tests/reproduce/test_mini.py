@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mscs.datasets.synth import write_dataset
+from mscs.datasets.toy import write_dataset
 from mscs.engine import build_transform, open_dataset
 from mscs.loader import draws_of_step
 from mscs.seeding import numpy_generator

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mscs.checkpoint import save_weights
-from mscs.datasets.synth import write_dataset
+from mscs.datasets.toy import write_dataset
 from mscs.engine import build_network
 from mscs.params import load_params
 from reproduce.qualitative import Box, choose_rows, find_boxes, image_miou, write_comparisons

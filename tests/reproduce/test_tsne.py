@@ -9,7 +9,7 @@ from PIL import Image
 
 from mscs.checkpoint import save_weights
 from mscs.datasets import Sample
-from mscs.datasets.synth import write_dataset
+from mscs.datasets.toy import write_dataset
 from mscs.engine import build_network
 from mscs.errors import MscsError
 from mscs.params import load_params
