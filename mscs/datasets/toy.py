@@ -15,9 +15,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -55,12 +55,12 @@ STREET = """
 """
 ROOM = """
 1   | 1        | 0.5       | 1         | 0 | ceiling      | grey plain    | box    | -9 0 9 1
-1   | 0.8-0.88 | 0.5       | 1         | 0 | wall         | grey columns  | box    | -9 0 9 1
+1   | 0.72-0.8 | 0.5       | 1         | 0 | wall         | grey columns  | box    | -9 0 9 1
 1-2 | 0.4      | 0.1-0.9   | 0.6       | 0 | windowpane   | grey checks   | box    | -0.4 0 0.4 1
 +   |          |           |           |   | curtain      | paint columns | box    | -0.6 -0.1 -0.3 1.1
 +   |          |           |           |   | curtain      | paint columns | box    | 0.3 -0.1 0.6 1.1
 0-1 | 0.5-0.55 | 0.1-0.9   | 0.7       | 0 | door         | green plain   | box    | -0.25 0 0.25 1
-1   | 0.3-0.4  | 0.5       | 1         | 0 | floor        | green rows    | box    | -9 0 9 1
+1   | 0.38-0.45 | 0.5       | 1         | 0 | floor        | green rows    | box    | -9 0 9 1
 0-1 | 0.2-0.3  | 0.3-0.7   | 0.95-1    | 0 | rug          | paint checks  | disc   | -1.5 0 1.5 1
 0-1 | 0.4-0.5  | 0.1-0.9   | 0.75-0.8  | 0 | cabinet      | paint plain   | box    | -0.5 0 0.5 1
 0-1 | 0.4-0.5  | 0.2-0.8   | 0.85-0.95 | 0 | bed          | paint blobs   | bed    | -0.8 0 0.8 1
@@ -92,15 +92,6 @@ EYE = """
 0-1 | 0.9-1.1 | 0.45-0.55 | 0.45-0.55 | 0-1      | Lens Injector  | grey rows    | box   | -0.12 0 0.12 1.5
 0-1 | 0.5-0.7 | 0-0.1     | 1-1.1     | 0        | Hand           | pink plain   | disc  | -0.5 0 0.5 1
 """
-
-
-class Toy(NamedTuple):
-    """How one dataset is generated."""
-
-    size: tuple[int, int]  # default (height, width)
-    smallest: float  # sides are drawn between this fraction of the size and the size
-    paths: Callable[[str, int], tuple[str, str]]  # from (split, index) to the image and label files
-    table: str  # what is drawn, as explained above
 
 
 TURNS = 2 * np.pi * np.arange(24) / 24
@@ -147,36 +138,30 @@ COLORS = {  # lowest and highest hue (0-180, and round again), saturation and va
 }
 
 
-def _cityscapes_paths(split: str, index: int) -> tuple[str, str]:
-    cities = {"train": ("aachen", "bochum", "bremen"), "val": ("frankfurt", "munster")}[split]
-    city = cities[index % len(cities)]
-    name = f"{split}/{city}/{city}_{index:06d}_000019"
-    return f"leftImg8bit/{name}_leftImg8bit.png", f"gtFine/{name}_gtFine_labelIds.png"
-
-
-def _ade20k_paths(split: str, index: int) -> tuple[str, str]:
-    folder = {"train": "training", "val": "validation"}[split]
-    name = f"{folder}/ADE_{split}_{index + 1:08d}"
-    return f"ADEChallengeData2016/images/{name}.jpg", f"ADEChallengeData2016/annotations/{name}.png"
-
-
-def _pascal_paths(split: str, index: int) -> tuple[str, str]:
-    name = f"{2008 if split == 'train' else 2009}_{index + 1:06d}"
-    return f"VOCdevkit/VOC2010/JPEGImages/{name}.jpg", f"SegmentationClassContext59/{name}.png"
-
-
-def _cadis_paths(split: str, index: int) -> tuple[str, str]:
+def paths(name: str, split: str, index: int) -> tuple[str, str]:
+    """Return the image and the label file of a picture, as the dataset's layout names them."""
+    train, number = split == "train", index + 1
+    if name == "cityscapes":
+        city = ("aachen", "bochum")[index % 2] if train else "frankfurt"
+        stem = f"{split}/{city}/{city}_{index:06d}_000019"
+        return f"leftImg8bit/{stem}_leftImg8bit.png", f"gtFine/{stem}_gtFine_labelIds.png"
+    if name == "ade20k":
+        stem = f"{'training' if train else 'validation'}/ADE_{split}_{number:08d}"
+        return f"ADEChallengeData2016/images/{stem}.jpg", f"ADEChallengeData2016/annotations/{stem}.png"
+    if name == "pascal_context":
+        stem = f"{2008 if train else 2009}_{number:06d}"
+        return f"VOCdevkit/VOC2010/JPEGImages/{stem}.jpg", f"SegmentationClassContext59/{stem}.png"
     videos = cadis_videos(split)
-    video = videos[index % len(videos)]
-    name = f"Video{video}_frame{10 * (index // len(videos) + 1):06d}.png"
-    return f"Video{video:02d}/Images/{name}", f"Video{video:02d}/Labels/{name}"
+    video, frame = videos[index % len(videos)], 10 * (index // len(videos) + 1)
+    stem = f"Video{video}_frame{frame:06d}.png"
+    return f"Video{video:02d}/Images/{stem}", f"Video{video:02d}/Labels/{stem}"
 
 
-TOYS = {
-    "cityscapes": Toy((128, 256), 1, _cityscapes_paths, STREET),
-    "ade20k": Toy((128, 160), 0.75, _ade20k_paths, ROOM),
-    "pascal_context": Toy((128, 160), 0.75, _pascal_paths, PASTURE),
-    "cadis": Toy((135, 240), 1, _cadis_paths, EYE),
+TOYS = {  # default (height, width); sides are drawn between this fraction of it and it; the table above
+    "cityscapes": ((128, 256), 1.0, STREET),
+    "ade20k": ((128, 160), 0.75, ROOM),
+    "pascal_context": ((128, 160), 0.75, PASTURE),
+    "cadis": ((135, 240), 1.0, EYE),
 }
 
 
@@ -184,11 +169,11 @@ def render(
     name: str, split: str, index: int, *, seed: int = 0, image_size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one picture: image uint8 (H, W, 3) RGB and raw label values uint8 (H, W)."""
-    toy, labels = TOYS[name], label_set(name)
+    (size, smallest, table), labels = TOYS[name], label_set(name)
     rng = numpy_generator(seed, "toy", name, split, index)
-    height, width = (np.array(image_size or toy.size) * rng.uniform(toy.smallest, 1, size=2)).astype(int)
+    height, width = (np.array(image_size or size) * rng.uniform(smallest, 1, size=2)).astype(int)
     image, label = np.zeros((height, width, 3)), np.zeros((height, width), np.uint8)
-    for (count, *place), parts in things(toy.table):
+    for (count, *place), parts in things(table):
         for _ in range(rng.integers(int(count[0]), int(count[1]), endpoint=True)):
             length, x, y, turn = (rng.uniform(*bounds) for bounds in place)
             sin, cos, mirror = np.sin(2 * np.pi * turn), np.cos(2 * np.pi * turn), rng.choice([-1, 1])
@@ -197,7 +182,7 @@ def render(
             foot = (width * x, height * y)
             colors: dict[str, Array] = {}
             for class_name, surface, shape, box in parts:
-                mask = _mask([at @ axes + foot for at in _outlines(shape, box)], label.shape)
+                mask = _mask(shape, box, axes, foot, label.shape)
                 color, texture = surface.split()
                 paint = colors.setdefault(class_name, _color(color, rng))
                 image[mask] = _surface(paint, texture, label.shape, rng)[mask]
@@ -206,7 +191,7 @@ def render(
 
 
 def things(table: str) -> list[tuple[Array, list[tuple[str, str, str, Array]]]]:
-    """Parse a table: per thing the ranges (5, 2) of its numbers, and (class, surface, shape, box) of parts."""
+    """Parse a table: per thing its numbers' ranges (5, 2), and (class, surface, shape, box) of its parts."""
     found: list[tuple[Array, list[tuple[str, str, str, Array]]]] = []
     for line in table.strip().splitlines():
         *numbers, class_name, surface, shape, box = (cell.strip() for cell in line.split("|"))
@@ -217,19 +202,17 @@ def things(table: str) -> list[tuple[Array, list[tuple[str, str, str, Array]]]]:
     return found
 
 
-def _outlines(shape: str, box: Array) -> Iterator[Array]:
-    """Yield the outlines (N, 2) that make up a shape which fills `box`."""
+def _mask(
+    shape: str, box: Array, axes: Array, foot: tuple[float, float], size: tuple[int, ...]
+) -> NDArray[np.bool_]:
+    """Return which pixels of a picture of `size` a shape covers that fills `box` of its thing."""
+    mask = np.zeros(size, np.uint8)
     for primitive in SHAPES[shape].split(","):
         kind, *inner = primitive.split()
         low, high = np.array(inner, dtype=float).reshape(2, 2)
-        yield box[:2] + (box[2:] - box[:2]) * (low + (high - low) * PRIMITIVES[kind])
-
-
-def _mask(outlines: list[Array], size: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return which pixels the union of outlines (N, 2), in pixels (x, y), covers."""
-    mask = np.zeros(size, np.uint8)
-    for outline in outlines:
-        cv2.fillPoly(mask, [np.round(outline * 2**SUBPIXEL_BITS).astype(np.int32)], 1, shift=SUBPIXEL_BITS)
+        outline = box[:2] + (box[2:] - box[:2]) * (low + (high - low) * PRIMITIVES[kind])
+        pixels = np.round((outline @ axes + foot) * 2**SUBPIXEL_BITS).astype(np.int32)
+        cv2.fillPoly(mask, [pixels], 1, shift=SUBPIXEL_BITS)
     return mask.astype(bool)
 
 
@@ -279,7 +262,7 @@ def write_dataset(
         MscsError: a file cannot be written.
     """
     check_dataset(name)
-    size = tuple(image_size or TOYS[name].size)
+    size = tuple(image_size or TOYS[name][0])
     if train < 1 or val < 1 or len(size) != 2 or min(size) < 32:
         raise UsageError(
             f"cannot generate {train} + {val} images of {size} pixels. Accepted: at least 1 image per split, "
@@ -327,7 +310,7 @@ def _write_tree(root: Path, made: dict[str, Any], progress: bool) -> None:
     name, jobs = made["dataset"], [(split, index) for split in SPLITS for index in range(made[split])]
     for split, index in tqdm(jobs, desc=f"draw {name}", unit="image", disable=None if progress else True):
         picture, label = render(name, split, index, seed=made["seed"], image_size=tuple(made["image_size"]))
-        for file, pixels in zip(TOYS[name].paths(split, index), (picture[..., ::-1], label), strict=True):
+        for file, pixels in zip(paths(name, split, index), (picture[..., ::-1], label), strict=True):
             path = root / file
             path.parent.mkdir(parents=True, exist_ok=True)
             if not cv2.imwrite(str(path), np.ascontiguousarray(pixels)):
@@ -336,5 +319,5 @@ def _write_tree(root: Path, made: dict[str, Any], progress: bool) -> None:
         lists = root / "VOCdevkit/VOC2010/ImageSets/Main"
         lists.mkdir(parents=True)
         for split in SPLITS:
-            names = [Path(_pascal_paths(split, index)[1]).stem for index in range(made[split])]
-            (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+            names = [Path(paths(name, split, index)[1]).stem for index in range(made[split])]
+            (lists / f"{split}.txt").write_text("".join(f"{stem}\n" for stem in names))
