@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mscs.datasets.labels import DATASETS, check_dataset
 
 from mscs.cli import build_parser
 from mscs.cli import main as mscs_main
-from mscs.datasets.labels import DATASETS, check_dataset
 from mscs.params import load_params, parse_overrides
 from reproduce import calibrate, ledger, pipeline, tables
 from reproduce.__main__ import build_parser as build_reproduce_parser

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from mscs.checkpoint import save_checkpoint
-from mscs.distributed import World
 from mscs.engine import (
     Objective,
     Stopped,
@@ -29,6 +26,9 @@ from mscs.engine import (
     summary,
     train_run,
 )
+
+from mscs.checkpoint import save_checkpoint
+from mscs.distributed import World
 from mscs.errors import MscsError, UsageError
 from mscs.loader import Batch
 from mscs.models import ModelOutput

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from mscs.engine import build_network, open_dataset
 from torch import nn
 
 from mscs.cli import main
 from mscs.distributed import World
-from mscs.engine import build_network, open_dataset
 from mscs.evaluation import build_protocol, evaluate_model, evaluate_run, scored_label
 from mscs.inference import Predictor
 from mscs.metrics import scores

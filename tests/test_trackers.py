@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from mscs.engine import Snapshot
 from PIL import Image
 
-from mscs.engine import Snapshot
 from mscs.errors import UsageError
 from mscs.trackers import build_tracker, sample_pictures
 from mscs.transforms import normalize

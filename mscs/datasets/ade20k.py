@@ -15,6 +15,7 @@ from mscs.datasets.spec import (
     LabelSet,
     Part,
     Spec,
+    Toy,
     build_index,
     names_in,
     numbered_labels,
@@ -47,6 +48,27 @@ def index(labels: LabelSet, split: str, root: Path) -> Index:
     return build_index(labels, root, ((n, f"{images}/{n}.jpg", f"{annotations}/{n}.png") for n in names))
 
 
+# What the generated stand-in shows, see `Toy.things`
+SCENE = """
+1   | 1        | 0.5       | 1         | 0 | ceiling      | grey plain    | box    | -9 0 9 1
+1   | 0.72-0.8 | 0.5       | 1         | 0 | wall         | grey columns  | box    | -9 0 9 1
+1-2 | 0.4      | 0.1-0.9   | 0.6       | 0 | windowpane   | grey checks   | box    | -0.4 0 0.4 1
++   |          |           |           |   | curtain      | paint columns | box    | -0.6 -0.1 -0.3 1.1
++   |          |           |           |   | curtain      | paint columns | box    | 0.3 -0.1 0.6 1.1
+0-1 | 0.5-0.55 | 0.1-0.9   | 0.7       | 0 | door         | green plain   | box    | -0.25 0 0.25 1
+1   | 0.38-0.45 | 0.5       | 1         | 0 | floor        | green rows    | box    | -9 0 9 1
+0-1 | 0.2-0.3  | 0.3-0.7   | 0.95-1    | 0 | rug          | paint checks  | disc   | -1.5 0 1.5 1
+0-1 | 0.4-0.5  | 0.1-0.9   | 0.75-0.8  | 0 | cabinet      | paint plain   | box    | -0.5 0 0.5 1
+0-1 | 0.4-0.5  | 0.2-0.8   | 0.85-0.95 | 0 | bed          | paint blobs   | bed    | -0.8 0 0.8 1
+0-1 | 0.3-0.4  | 0.2-0.8   | 0.85-0.95 | 0 | table        | paint plain   | table  | -0.8 0 0.8 1
+"""
+
+
+def _toy_paths(split: str, index: int) -> tuple[str, str]:
+    stem = f"{FOLDERS[split]}/ADE_{split}_{index + 1:08d}"
+    return f"{BASE}/images/{stem}.jpg", f"{BASE}/annotations/{stem}.png"
+
+
 SPEC = Spec(
     name="ade20k",
     label_sets=(numbered_labels("ade20k", CLASSES),),
@@ -67,4 +89,5 @@ SPEC = Spec(
     home="http://sceneparsing.csail.mit.edu",
     licence="images: non-commercial research and education; annotations: BSD 3-clause",
     tolerance=1.0,
+    toy=Toy(size=(128, 160), smallest=0.75, paths=_toy_paths, things=SCENE),
 )

@@ -17,6 +17,7 @@ from mscs.datasets.spec import (
     LabelSet,
     Part,
     Spec,
+    Toy,
     build_index,
     names_in,
     require_folder,
@@ -123,6 +124,29 @@ def index(labels: LabelSet, split: str, root: Path, *, exclude_blacklisted: bool
     )
 
 
+# What the generated stand-in shows, see `Toy.things`
+SCENE = """
+1   | 1       | 0.5       | 1         | 0        | Skin           | pink blobs   | box   | -9 0 9 1
+1-2 | 0.7-1   | 0-1       | 0.9-1     | -0.1-0.1 | Surgical Tape  | pink columns | box   | -0.3 0 0.3 1
+1   | 0.85-1  | 0.45-0.55 | 0.95-1    | 0        | Cornea         | pink plain   | disc  | -0.75 0 0.75 1
++   |         |           |           |          | Iris           | pink rows    | disc  | -0.4 0.1 0.4 0.9
++   |         |           |           |          | Pupil          | pink plain   | disc  | -0.22 .28 0.22 .72
++   |         |           |           |          | Eye Retractors | grey plain   | box   | -0.4 0.93 0.4 1.03
++   |         |           |           |          | Eye Retractors | grey plain   | box   | -0.4 -0.03 0.4 0.07
+0-1 | 0.9-1.1 | 0.45-0.55 | 0.45-0.55 | 0-1      | Primary Knife  | grey plain   | knife | -0.2 0 0.2 1.5
+0-1 | 0.9-1.1 | 0.45-0.55 | 0.45-0.55 | 0-1      | Bonn Forceps   | grey plain   | fork  | -0.16 0 0.16 1.5
+0-1 | 0.9-1.1 | 0.45-0.55 | 0.45-0.55 | 0-1      | Lens Injector  | grey rows    | box   | -0.12 0 0.12 1.5
+0-1 | 0.5-0.7 | 0-0.1     | 1-1.1     | 0        | Hand           | pink plain   | disc  | -0.5 0 0.5 1
+"""
+
+
+def _toy_paths(split: str, index: int) -> tuple[str, str]:
+    videos = VIDEOS[split]
+    video, frame = videos[index % len(videos)], 10 * (index // len(videos) + 1)
+    stem = f"Video{video}_frame{frame:06d}.png"
+    return f"Video{video:02d}/Images/{stem}", f"Video{video:02d}/Labels/{stem}"
+
+
 SPEC = Spec(
     name="cadis",
     label_sets=tuple(_labels(task) for task in INSTRUMENTS),
@@ -137,4 +161,5 @@ SPEC = Spec(
     home="https://cataracts-semantic-segmentation2020.grand-challenge.org",
     licence="terms of the challenge, registration needed",
     tolerance=1.0,
+    toy=Toy(size=(135, 240), paths=_toy_paths, things=SCENE),
 )

@@ -18,6 +18,7 @@ from mscs.datasets.spec import (
     LabelSet,
     Part,
     Spec,
+    Toy,
     build_index,
     names_in,
     require_folder,
@@ -91,6 +92,27 @@ def _part(folder: str, names: str) -> Part:
     return Part(folder, files, package=f"{folder}_trainvaltest.zip")
 
 
+# What the generated stand-in shows, see `Toy.things`
+SCENE = """
+1   | 1        | 0.5       | 1         | 0 | sky          | blue plain    | box    | -9 0 9 1
+2-3 | 0.35-0.5 | 0-1       | 0.5       | 0 | building     | brown columns | box    | -0.8 0 0.8 1
+1-2 | 0.5-0.6  | 0-1       | 0.6       | 0 | vegetation   | green blobs   | disc   | -0.6 0 0.6 1
+1   | 0.5      | 0.5       | 1         | 0 | sidewalk     | grey rows     | box    | -9 0 9 1
+1   | 0.5      | 0.4-0.6   | 1         | 0 | road         | grey plain    | road   | -1.6 0 1.6 0.95
+1-2 | 0.35-0.45 | 0.1-0.9   | 0.8-0.95  | 0 | car          | paint plain   | car    | -1 0 1 1
+1   | 0.75-0.9 | 0.05-0.95 | 0.8-0.95  | 0 | pole         | grey plain    | box    | -0.1 0 0.1 1
++   |          |           |           |   | traffic sign | paint plain   | disc   | -0.2 0.65 0.2 1.05
+1-2 | 0.5-0.65 | 0.05-0.95 | 0.75-0.95 | 0 | person       | paint rows    | person | -0.22 0 0.22 1
+0-1 | 0.55-0.7 | 0.05-0.95 | 0.75-0.95 | 0 | rider        | paint rows    | rider  | -0.4 0 0.4 1
+"""
+
+
+def _toy_paths(split: str, index: int) -> tuple[str, str]:
+    city = ("aachen", "bochum")[index % 2] if split == "train" else "frankfurt"
+    stem = f"{split}/{city}/{city}_{index:06d}_000019"
+    return f"leftImg8bit/{stem}{IMAGE_SUFFIX}", f"gtFine/{stem}{RAW_SUFFIX}"
+
+
 SPEC = Spec(
     name="cityscapes",
     label_sets=(_labels(),),
@@ -100,4 +122,5 @@ SPEC = Spec(
     home="https://www.cityscapes-dataset.com",
     licence="own licence, non-commercial, account needed",
     tolerance=0.6,
+    toy=Toy(size=(128, 256), paths=_toy_paths, things=SCENE),
 )

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mscs.datasets.spec import Index, LabelSet, Part, Spec, build_index, numbered_labels, require_folder
+from mscs.datasets.spec import Index, LabelSet, Part, Spec, Toy, build_index, numbered_labels, require_folder
 from mscs.errors import MscsError, UsageError
 from mscs.results import atomic_path
 
@@ -128,6 +128,31 @@ def convert_labels(root: Path, *, progress: bool = True) -> int:
     return len(paths)
 
 
+# What the generated stand-in shows, see `Toy.things`
+SCENE = """
+1   | 1        | 0.5       | 1         | 0 | sky          | grey plain    | box    | -9 0 9 1
+1-2 | 0.3-0.45 | 0-1       | 0.5       | 0 | mountain     | grey rows     | hill   | -1.2 0 1.2 1
+1-2 | 0.3-0.4  | 0-1       | 0.55      | 0 | building     | grey checks   | box    | -0.6 0 0.6 1
+1   | 0.5-0.58 | 0.5       | 1         | 0 | grass        | green columns | box    | -9 0 9 1
+0-1 | 0.25-0.3 | 0.2-0.8   | 1         | 0 | water        | grey rows     | disc   | -2 0 2 1
+1-2 | 0.4-0.55 | 0-1       | 0.6-0.65  | 0 | tree         | green blobs   | disc   | -0.5 0.1 0.5 1.1
+0-1 | 0.25-0.3 | 0-1       | 0.7-0.75  | 0 | fence        | paint plain   | fence  | -2 0 2 1
+0-1 | 0.35-0.4 | 0.1-0.9   | 0.75-0.95 | 0 | cow          | paint plain   | cow    | -0.7 0 0.7 1
+0-1 | 0.4-0.5  | 0.1-0.9   | 0.75-0.95 | 0 | horse        | paint plain   | horse  | -0.55 0 0.55 1
+0-1 | 0.3-0.35 | 0.1-0.9   | 0.75-0.95 | 0 | sheep        | paint checks  | cow    | -0.7 0 0.7 1
+1-2 | 0.5-0.6  | 0.1-0.9   | 0.8-0.95  | 0 | person       | paint plain   | person | -0.2 0 0.2 1
+"""
+
+
+def _toy_paths(split: str, index: int) -> tuple[str, str]:
+    stem = f"{2008 if split == 'train' else 2009}_{index + 1:06d}"
+    return f"{VOC}/JPEGImages/{stem}.jpg", f"{LABEL_FOLDER}/{stem}.png"
+
+
+def _list_of(split: str) -> str:
+    return f"{VOC}/ImageSets/Main/{split}.txt"
+
+
 SPEC = Spec(
     name="pascal_context",
     label_sets=(numbered_labels("pascal_context", CLASSES),),
@@ -153,4 +178,5 @@ SPEC = Spec(
     licence="photographs: Flickr terms of use, as for Pascal VOC",
     tolerance=0.7,
     prepare=convert_labels,
+    toy=Toy(size=(128, 160), smallest=0.75, paths=_toy_paths, list_of=_list_of, things=SCENE),
 )

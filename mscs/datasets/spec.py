@@ -127,6 +127,27 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Toy:
+    """How a dataset's generated stand-in is drawn, by `mscs.datasets.toy`."""
+
+    size: tuple[int, int]
+    """Default (height, width); the largest where sizes vary."""
+    smallest: float = 1.0
+    """Sides are drawn between this fraction of the size and the size."""
+    paths: Callable[[str, int], tuple[str, str]]
+    """From (split, index) to the image and label files."""
+    list_of: Callable[[str], str] | None = None
+    """From a split to the file that lists its names, where the layout has one."""
+    things: str
+    """What is drawn, back to front.
+
+    A line with numbers begins a thing: how many, its height and the place (x, y) of the middle of its foot,
+    in parts of the picture's height (x: width; from the upper left corner), and its turn about the foot
+    (parts of a full clockwise turn); a-b is drawn uniformly. Every line paints one class: colour and texture,
+    outline, and the outline's box (left low right high, in thing heights, from the foot)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """One dataset. Adding one: a file with a `SPEC`, and its line in `mscs.datasets.registry`."""
 
@@ -145,8 +166,8 @@ class Spec:
     """Difference in mIoU points (percent) up to which a score counts as the published one."""
     prepare: Callable[[Path], int] | None = None
     """Converts label files once after fetching; returns how many were converted."""
-    toy: Callable[[], Any] | None = None
-    """Returns how the generated stand-in is drawn (imported on call); None: `mscs.datasets.toy` knows."""
+    toy: Toy | None = None
+    """How the generated stand-in is drawn; None where there is none."""
 
     @property
     def tasks(self) -> tuple[int | None, ...]:

@@ -1,9 +1,8 @@
 """Generated data in a dataset's real layout and label encoding, for the profile without real data.
 
-Simple shapes and textures: a thing is a few shapes of one or two classes, placed at random; a picture is the
-things of a table, painted back to front under a random light. Classes share their colours, so a pixel's
-colour does not tell its class: shape, texture, size and place do. Some classes are rare, some thin, and some
-look alike but for their proportions or for what stands beside them.
+A picture is the things of a table, painted back to front under a random light. Classes share their colours,
+so that a pixel's colour does not tell its class: shape, texture, size and place do. Some classes are rare,
+some thin, and some look alike but for their proportions or for what stands beside them.
 
 The readers of this package cannot tell the difference to real data, apart from the marker file
 `generated.json`, which records how the tree was made. Every file is a function of the arguments of
@@ -18,253 +17,127 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mscs.datasets.labels import GENERATED as MARKER
-from mscs.datasets.labels import cadis_raw_classes, cadis_videos, check_dataset, label_set
+from mscs.datasets.registry import dataset_spec
+from mscs.datasets.spec import GENERATED as MARKER
+from mscs.datasets.spec import LabelSet, Toy
 from mscs.errors import MscsError, UsageError
 from mscs.seeding import numpy_generator
 
 VERSION = 2
 SPLITS = ("train", "val")
-CONTRAST = 0.35  # of textures, relative to the colour
+CONTRAST = 0.5  # of textures, relative to the colour
 PERIOD = 1 / 9  # of textures, in picture heights
 SUBPIXEL_BITS = 4
 
 Array = NDArray[Any]
 
-# What is drawn, back to front. A line with numbers begins a thing: how many, its height and the place (x, y)
-# of the middle of its foot, in parts of the picture's height (x: width; from the upper left corner), and its
-# turn about the foot (parts of a full clockwise turn); a-b is drawn uniformly. Every line paints one class:
-# colour and texture, outline, and the outline's box (left low right high, in thing heights, from the foot).
-STREET = """
-1   | 1       | 0.5      | 1         | 0 | sky           | blue plain     | box    | -9 0 9 1
-3-5 | 0.3-0.5 | 0-1      | 0.55      | 0 | building      | grey checks    | box    | -0.6 0 0.6 1
-1-2 | 0.5-0.6 | 0-1      | 0.6       | 0 | vegetation    | green blobs    | disc   | -0.5 0 0.5 1
-1   | 0.5     | 0.5      | 1         | 0 | sidewalk      | grey rows      | box    | -9 0 9 1
-1   | 0.5     | 0.4-0.6  | 1         | 0 | road          | grey plain     | road   | -1.7 0 1.7 0.95
-1-2 | 0.35-0.45| 0.2-0.8 | 0.8-0.95  | 0 | car           | paint plain    | car    | -1 0 1 1
-1-2 | 0.7-0.9 | 0.05-0.95| 0.8-0.95  | 0 | pole          | grey columns   | box    | -0.08 0 0.08 1
-+   |         |          |           |   | traffic sign  | paint plain    | disc   | -0.17 0.7 0.17 1.04
-1-2 | 0.5-0.65| 0.05-0.95| 0.75-0.95 | 0 | person        | paint plain    | person | -0.2 0 0.2 1
-1   | 0.5-0.65| 0.05-0.95| 0.75-0.95 | 0 | rider         | paint plain    | rider  | -0.35 0 0.35 1
-"""
-ROOM = """
-1   | 1       | 0.5      | 1         | 0 | ceiling       | grey plain     | box    | -9 0 9 1
-1   | 0.8-0.88| 0.5      | 1         | 0 | wall          | grey columns   | box    | -9 0 9 1
-1-2 | 0.4     | 0.1-0.9  | 0.6       | 0 | windowpane    | grey checks    | box    | -0.4 0 0.4 1
-+   |         |          |           |   | curtain       | paint columns  | box    | -0.6 -0.1 -0.3 1.1
-+   |         |          |           |   | curtain       | paint columns  | box    | 0.3 -0.1 0.6 1.1
-0-1 | 0.5-0.55| 0.1-0.9  | 0.7       | 0 | door          | green plain    | box    | -0.25 0 0.25 1
-1   | 0.3-0.4 | 0.5      | 1         | 0 | floor         | green rows     | box    | -9 0 9 1
-0-1 | 0.2-0.3 | 0.3-0.7  | 0.95-1    | 0 | rug           | paint checks   | disc   | -1.5 0 1.5 1
-0-1 | 0.4-0.5 | 0.1-0.9  | 0.75-0.8  | 0 | cabinet       | paint plain    | box    | -0.5 0 0.5 1
-0-1 | 0.4-0.5 | 0.2-0.8  | 0.85-0.95 | 0 | bed           | paint blobs    | bed    | -0.8 0 0.8 1
-0-1 | 0.3-0.4 | 0.2-0.8  | 0.85-0.95 | 0 | table         | paint plain    | table  | -0.8 0 0.8 1
-"""
-PASTURE = """
-1   | 1       | 0.5      | 1         | 0 | sky           | grey plain     | box    | -9 0 9 1
-1-2 | 0.3-0.45| 0-1      | 0.5       | 0 | mountain      | grey rows      | hill   | -1.2 0 1.2 1
-1-2 | 0.3-0.4 | 0-1      | 0.55      | 0 | building      | grey checks    | box    | -0.6 0 0.6 1
-1   | 0.5-0.58| 0.5      | 1         | 0 | grass         | green columns  | box    | -9 0 9 1
-0-1 | 0.25-0.3| 0.2-0.8  | 1         | 0 | water         | grey rows      | disc   | -2 0 2 1
-1-2 | 0.4-0.55| 0-1      | 0.6-0.65  | 0 | tree          | green blobs    | disc   | -0.5 0.1 0.5 1.1
-0-1 | 0.25-0.3| 0-1      | 0.7-0.75  | 0 | fence         | paint plain    | fence  | -2 0 2 1
-0-1 | 0.35-0.4| 0.1-0.9  | 0.75-0.95 | 0 | cow           | paint plain    | cow    | -0.7 0 0.7 1
-0-1 | 0.4-0.5 | 0.1-0.9  | 0.75-0.95 | 0 | horse         | paint plain    | horse  | -0.55 0 0.55 1
-0-1 | 0.3-0.35| 0.1-0.9  | 0.75-0.95 | 0 | sheep         | paint checks   | cow    | -0.7 0 0.7 1
-1-2 | 0.5-0.6 | 0.1-0.9  | 0.8-0.95  | 0 | person        | paint plain    | person | -0.2 0 0.2 1
-"""
-EYE = """
-1   | 1       | 0.5      | 1         | 0        | Skin            | pink blobs    | box   | -9 0 9 1
-1-2 | 0.7-1   | 0-1      | 0.9-1     | -0.1-0.1 | Surgical Tape   | pink columns  | box  | -0.3 0 0.3 1
-1   | 0.85-1  | 0.45-0.55| 0.95-1    | 0        | Cornea          | pink plain    | disc | -0.75 0 0.75 1
-+   |         |          |           |          | Iris            | pink rows     | disc | -0.4 0.1 0.4 0.9
-+   |         |          |           |          | Pupil           | pink plain    | disc | -0.22 0.28 0.22 0.72
-+   |         |          |           |          | Eye Retractors  | grey plain    | box  | -0.4 0.93 0.4 1.03
-+   |         |          |           |          | Eye Retractors  | grey plain    | box  | -0.4 -0.03 0.4 0.07
-0-1 | 0.9-1.1 | 0.45-0.55| 0.45-0.55 | 0-1      | Primary Knife   | grey plain    | knife | -0.2 0 0.2 1.5
-0-1 | 0.9-1.1 | 0.45-0.55| 0.45-0.55 | 0-1      | Bonn Forceps    | grey plain    | fork | -0.16 0 0.16 1.5
-0-1 | 0.9-1.1 | 0.45-0.55| 0.45-0.55 | 0-1      | Lens Injector   | grey rows     | box  | -0.12 0 0.12 1.5
-0-1 | 0.5-0.7 | 0-0.1    | 1-1.1     | 0        | Hand            | pink plain    | disc | -0.5 0 0.5 1
-"""
-
-
-class Toy(NamedTuple):
-    """How one dataset is generated."""
-
-    size: tuple[int, int]
-    """Default (height, width); the largest where sizes vary."""
-    smallest: float
-    """Sides are drawn between this fraction of the size and the size."""
-    paths: Callable[[str, int], tuple[str, str]]
-    """From (split, index) to the image and label files."""
-    things: str
-    """The table of what is drawn."""
-
-
-def _disc(x: float, y: float, rx: float, ry: float) -> list[tuple[float, float]]:
-    turns = 2 * np.pi * np.arange(24) / 24
-    return [(x + rx * np.cos(turn), y + ry * np.sin(turn)) for turn in turns]
-
-
-def _box(left: float, low: float, right: float, high: float) -> list[tuple[float, float]]:
-    return [(left, low), (right, low), (right, high), (left, high)]
-
-
-BODY = [_disc(0.5, 0.9, 0.3, 0.1), _disc(0.5, 0.55, 0.5, 0.27)]
-WHEELS = [_disc(0.22, 0.2, 0.2, 0.2), _disc(0.78, 0.2, 0.2, 0.2)]
-# Outlines in a box of side 1, y upwards
-SHAPES: dict[str, list[list[tuple[float, float]]]] = {
-    "box": [_box(0, 0, 1, 1)],
-    "disc": [_disc(0.5, 0.5, 0.5, 0.5)],
-    "hill": [[(0, 0), (1, 0), (0.5, 1)]],
-    "road": [[(0, 0), (1, 0), (0.65, 1), (0.35, 1)]],
-    "knife": [[(0.5, 0), (1, 0.1), (0.5, 0.25), (0, 0.1)], _box(0.25, 0.15, 0.75, 1)],
-    "fork": [_box(0, 0, 0.3, 1), _box(0.7, 0, 1, 1), _box(0, 0.3, 1, 0.45)],
-    "person": [*BODY, _box(0.1, 0, 0.4, 0.5), _box(0.6, 0, 0.9, 0.5)],
-    "rider": [*WHEELS, *([(0.25 + x / 2, y) for x, y in outline] for outline in BODY)],
-    "car": [*WHEELS, _box(0, 0.15, 1, 0.65), _box(0.15, 0.6, 0.8, 1)],
-    "table": [_box(0, 0.65, 1, 1), _box(0, 0, 0.15, 0.7), _box(0.85, 0, 1, 0.7)],
-    "bed": [_box(0, 0.1, 1, 0.6), _box(0, 0, 0.12, 1)],
-    "fence": [
-        _box(0, 0.65, 1, 0.9),
-        _box(0, 0.2, 1, 0.45),
-        *(_box(i / 6, 0, i / 6 + 0.08, 1) for i in range(6)),
-    ],
-    "cow": [
-        _disc(0.45, 0.65, 0.4, 0.32),
-        *(_box(x, 0, x + 0.2, 0.6) for x in (0.12, 0.58)),
-        _box(0.75, 0.6, 1, 0.95),
-    ],
-    "horse": [
-        _disc(0.42, 0.55, 0.38, 0.18),
-        *(_box(x, 0, x + 0.14, 0.5) for x in (0.08, 0.62)),
-        _box(0.65, 0.5, 1, 1),
-    ],
+TURNS = 2 * np.pi * np.arange(24) / 24
+PRIMITIVES: dict[str, Array] = {  # in a box from (0, 0), lower left, to (1, 1)
+    "box": np.array([(0, 0), (1, 0), (1, 1), (0, 1)]),
+    "disc": 0.5 + 0.5 * np.stack([np.cos(TURNS), np.sin(TURNS)], axis=1),
+    "hill": np.array([(0, 0), (1, 0), (0.5, 1)]),
+    "road": np.array([(0, 0), (1, 0), (0.65, 1), (0.35, 1)]),
+    "diamond": np.array([(0.5, 0), (1, 0.4), (0.5, 1), (0, 0.4)]),
+}
+SHAPES = {  # primitives, each with its box: left low right high
+    **{name: f"{name} 0 0 1 1" for name in PRIMITIVES},
+    "knife": "diamond 0 0 1 0.25, box 0.25 0.15 0.75 1",
+    "fork": "box 0 0 0.3 1, box 0.7 0 1 1, box 0 0.3 1 0.45",
+    "person": "disc 0.2 0.8 0.8 1, disc 0 0.28 1 0.82, box 0.1 0 0.4 0.5, box 0.6 0 0.9 0.5",
+    "rider": "disc 0.35 0.8 0.65 1, disc 0.25 0.28 0.75 0.82, disc 0.02 0 0.42 0.4, disc 0.58 0 0.98 0.4",
+    "car": "disc 0.02 0 0.42 0.4, disc 0.58 0 0.98 0.4, box 0 0.15 1 0.65, box 0.15 0.6 0.8 1",
+    "table": "box 0 0.65 1 1, box 0 0 0.15 0.7, box 0.85 0 1 0.7",
+    "bed": "box 0 0.1 1 0.6, box 0 0 0.12 1",
+    "fence": "box 0 0.65 1 0.9, box 0 0.2 1 0.45, box 0.1 0 0.2 1, box 0.45 0 0.55 1, box 0.8 0 0.9 1",
+    "cow": "disc 0.05 0.33 0.85 0.97, box 0.12 0 0.32 0.6, box 0.58 0 0.78 0.6, box 0.75 0.6 1 0.95",
+    "horse": "disc 0.04 0.37 0.8 0.73, box 0.08 0 0.22 0.5, box 0.62 0 0.76 0.5, box 0.65 0.5 1 1",
 }
 
 
-def _blobs(x: Array, y: Array, rng: np.random.Generator) -> Array:
-    noise = rng.normal(size=(int(2 * y.max()) + 2, int(2 * x.max()) + 2))
-    return np.sign(cv2.resize(noise, x.shape[::-1], interpolation=cv2.INTER_CUBIC))
-
-
-# From coordinates in periods to -1..1
-TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator], Array]] = {
+TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator], Array]] = {  # of positions in periods
     "plain": lambda x, y, rng: np.zeros_like(x),
     "rows": lambda x, y, rng: np.sign(np.sin(2 * np.pi * y)),
     "columns": lambda x, y, rng: np.sign(np.sin(2 * np.pi * x)),
-    "checks": lambda x, y, rng: np.sign(np.sin(np.pi * x) * np.sin(np.pi * y)),
-    "blobs": _blobs,
+    "checks": lambda x, y, rng: np.sign(np.sin(2 * np.pi * x) * np.sin(2 * np.pi * y)),
+    "blobs": lambda x, y, rng: np.sign(
+        cv2.resize(
+            rng.normal(size=(int(2 * y.max()) + 2, int(2 * x.max()) + 2)), x.shape[::-1], None, 0, 0, 2
+        )
+    ),
 }
-# Lowest and highest hue (0-180), saturation and value (0-255)
-COLORS = {
-    "grey": ((0, 0, 90), (180, 30, 190)),
-    "blue": ((90, 10, 100), (125, 90, 210)),
-    "green": ((35, 90, 80), (75, 160, 180)),
+COLORS = {  # lowest and highest hue (0-180, and round again), saturation and value (0-255)
+    "grey": ((0, 0, 80), (180, 30, 140)),
+    "brown": ((0, 10, 70), (22, 90, 150)),
+    "blue": ((90, 10, 90), (125, 80, 190)),
+    "green": ((35, 90, 80), (75, 160, 150)),
     "paint": ((100, 110, 90), (195, 200, 220)),
     "pink": ((0, 50, 100), (20, 130, 210)),
 }
 
 
-def _cityscapes_paths(split: str, index: int) -> tuple[str, str]:
-    cities = {"train": ("aachen", "bochum", "bremen"), "val": ("frankfurt", "munster")}[split]
-    city = cities[index % len(cities)]
-    name = f"{split}/{city}/{city}_{index:06d}_000019"
-    return f"leftImg8bit/{name}_leftImg8bit.png", f"gtFine/{name}_gtFine_labelIds.png"
-
-
-def _ade20k_paths(split: str, index: int) -> tuple[str, str]:
-    folder = {"train": "training", "val": "validation"}[split]
-    name = f"{folder}/ADE_{split}_{index + 1:08d}"
-    return f"ADEChallengeData2016/images/{name}.jpg", f"ADEChallengeData2016/annotations/{name}.png"
-
-
-def _pascal_paths(split: str, index: int) -> tuple[str, str]:
-    name = f"{2008 if split == 'train' else 2009}_{index + 1:06d}"
-    return f"VOCdevkit/VOC2010/JPEGImages/{name}.jpg", f"SegmentationClassContext59/{name}.png"
-
-
-def _cadis_paths(split: str, index: int) -> tuple[str, str]:
-    videos = cadis_videos(split)
-    video = videos[index % len(videos)]
-    name = f"Video{video}_frame{10 * (index // len(videos) + 1):06d}.png"
-    return f"Video{video:02d}/Images/{name}", f"Video{video:02d}/Labels/{name}"
-
-
-TOYS = {
-    "cityscapes": Toy((128, 256), 1, _cityscapes_paths, STREET),
-    "ade20k": Toy((128, 160), 0.75, _ade20k_paths, ROOM),
-    "pascal_context": Toy((128, 160), 0.75, _pascal_paths, PASTURE),
-    "cadis": Toy((135, 240), 1, _cadis_paths, EYE),
-}
-
-
-def raw_values(name: str) -> dict[str, int]:
-    """Return the raw label value of every class of dataset `name`."""
-    if name == "cadis":
-        return {label: value for value, label in enumerate(cadis_raw_classes())}
-    labels = label_set(name)
-    return {label: raw[0] for label, raw in zip(labels.classes, labels.raw_ids, strict=True)}
+def toy_of(name: str) -> tuple[Toy, LabelSet]:
+    """Return how a dataset is generated and the labels that it shows; UsageError where nothing says it."""
+    spec = dataset_spec(name)
+    if spec.toy is None:
+        raise UsageError(f"{name} has no generated stand-in; use the real dataset (data_source: real)")
+    return spec.toy, spec.labels()
 
 
 def render(
     name: str, split: str, index: int, *, seed: int = 0, image_size: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one picture: image uint8 (H, W, 3) RGB and raw label values uint8 (H, W)."""
-    toy, values = TOYS[name], raw_values(name)
+    toy, labels = toy_of(name)
     rng = numpy_generator(seed, "toy", name, split, index)
     height, width = (np.array(image_size or toy.size) * rng.uniform(toy.smallest, 1, size=2)).astype(int)
     image, label = np.zeros((height, width, 3)), np.zeros((height, width), np.uint8)
-    for (count, *place), parts in _things(toy.things):
-        for _ in range(int(rng.integers(*count, endpoint=True))):
+    for (count, *place), parts in things(toy.things):
+        for _ in range(rng.integers(int(count[0]), int(count[1]), endpoint=True)):
             length, x, y, turn = (rng.uniform(*bounds) for bounds in place)
-            to_pixels = _frame(height * length, (width * x, height * y), 2 * np.pi * turn, rng)
+            sin, cos, mirror = np.sin(2 * np.pi * turn), np.cos(2 * np.pi * turn), rng.choice([-1, 1])
+            # where the thing's unit vectors and its foot lie, in pixels (x, y)
+            axes = height * length * np.array([(mirror * cos, mirror * sin), (sin, -cos)])
+            foot = (width * x, height * y)
             colors: dict[str, Array] = {}
-            for class_name, color, texture, shape, box in parts:
-                mask = _mask(
-                    [
-                        (box[:2] + (box[2:] - box[:2]) * outline) @ to_pixels[:2] + to_pixels[2]
-                        for outline in map(np.array, SHAPES[shape])
-                    ],
-                    label.shape,
-                )
+            for class_name, surface, shape, box in parts:
+                mask = _mask(shape, box, axes, foot, label.shape)
+                color, texture = surface.split()
                 paint = colors.setdefault(class_name, _color(color, rng))
                 image[mask] = _surface(paint, texture, label.shape, rng)[mask]
-                label[mask] = values[class_name]
+                label[mask] = labels.raw_ids[labels.classes.index(class_name)][0]
     return _lit(image, rng), label
 
 
-def _things(table: str) -> list[tuple[Array, list[tuple[str, str, str, str, Array]]]]:
-    """Parse a table of things: per thing the ranges (5, 2) of its numbers, and its parts."""
-    things = []
+def things(table: str) -> list[tuple[Array, list[tuple[str, str, str, Array]]]]:
+    """Parse a table: per thing its numbers' ranges (5, 2), and (class, surface, shape, box) of its parts."""
+    found: list[tuple[Array, list[tuple[str, str, str, Array]]]] = []
     for line in table.strip().splitlines():
         *numbers, class_name, surface, shape, box = (cell.strip() for cell in line.split("|"))
         if numbers[0] != "+":
-            bounds = [re.fullmatch(r"(-?[\d.]+)(?:-([\d.]+))?", number).groups() for number in numbers]
-            things.append((np.array([(float(low), float(high or low)) for low, high in bounds]), []))
-        things[-1][1].append((class_name, *surface.split(), shape, np.array(box.split(), dtype=float)))
-    return things
+            bounds = [re.findall(r"(?:^-)?[\d.]+", number) for number in numbers]
+            found.append((np.array([(low[0], low[-1]) for low in bounds], dtype=float), []))
+        found[-1][1].append((class_name, surface, shape, np.array(box.split(), dtype=float)))
+    return found
 
 
-def _frame(scale: float, foot: tuple[float, float], turn: float, rng: np.random.Generator) -> Array:
-    """Return (3, 2): where a thing's unit vectors and its foot lie, in pixels (x, y); mirrored by a coin."""
-    cos, sin = scale * np.cos(turn), scale * np.sin(turn)
-    mirror = rng.choice([-1, 1])
-    return np.array([(mirror * cos, mirror * sin), (sin, -cos), foot])
-
-
-def _mask(outlines: list[Array], shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    """Return which pixels the union of outlines (N, 2), in pixels (x, y), covers."""
-    mask = np.zeros(shape, np.uint8)
-    for outline in outlines:
-        cv2.fillPoly(mask, [np.round(outline * 2**SUBPIXEL_BITS).astype(np.int32)], 1, shift=SUBPIXEL_BITS)
+def _mask(
+    shape: str, box: Array, axes: Array, foot: tuple[float, float], size: tuple[int, ...]
+) -> NDArray[np.bool_]:
+    """Return which pixels of a picture of `size` a shape covers that fills `box` of its thing."""
+    mask = np.zeros(size, np.uint8)
+    for primitive in SHAPES[shape].split(","):
+        kind, *inner = primitive.split()
+        low, high = np.array(inner, dtype=float).reshape(2, 2)
+        outline = box[:2] + (box[2:] - box[:2]) * (low + (high - low) * PRIMITIVES[kind])
+        pixels = np.round((outline @ axes + foot) * 2**SUBPIXEL_BITS).astype(np.int32)
+        cv2.fillPoly(mask, [pixels], 1, shift=SUBPIXEL_BITS)
     return mask.astype(bool)
 
 
@@ -301,39 +174,32 @@ def write_dataset(
     Processes that ask for the same tree at once wait for the first one to draw it.
 
     Args:
-        name: cityscapes, ade20k, pascal_context or cadis.
+        name: of the dataset.
         root: the dataset's root folder; appears whole or not at all, and replaces an older generated tree.
         seed: of all pictures.
         train: number of training images.
         val: number of validation images.
-        image_size: (H, W), each at least 32; None means the dataset's default (see `TOYS`).
+        image_size: (H, W), each at least 32; None means the dataset's default (`Toy.size`).
         progress: show a progress bar where stderr is a terminal.
 
     Raises:
         UsageError: unknown dataset, impossible number or size, or `root` holds what was not generated.
         MscsError: a file cannot be written.
     """
-    check_dataset(name)
-    size = tuple(image_size or TOYS[name].size)
+    size = tuple(image_size or toy_of(name)[0].size)
     if train < 1 or val < 1 or len(size) != 2 or min(size) < 32:
         raise UsageError(
             f"cannot generate {train} + {val} images of {size} pixels. Accepted: at least 1 image per split, "
             "(height, width) of at least 32 pixels each"
         )
-    made = {
-        "dataset": name,
-        "seed": seed,
-        "train": train,
-        "val": val,
-        "image_size": list(size),
-        "version": VERSION,
-    }
+    made = {"dataset": name, "seed": seed, "train": train, "val": val, "image_size": list(size)}
+    made["version"] = VERSION
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(root.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         if not _is_made(root, made):
-            _replace_tree(name, root, made, progress)
+            _replace_tree(root, made, progress)
     finally:
         os.close(folder)
 
@@ -351,11 +217,10 @@ def _is_made(root: Path, made: dict[str, object]) -> bool:
     return marker.is_file() and json.loads(marker.read_text()) == made
 
 
-def _replace_tree(name: str, root: Path, made: dict[str, Any], progress: bool) -> None:
+def _replace_tree(root: Path, made: dict[str, Any], progress: bool) -> None:
     work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        counts = {split: made[split] for split in SPLITS}
-        _write_tree(name, work, made["seed"], counts, made["image_size"], progress)
+        _write_tree(work, made, progress)
         (work / MARKER).write_text(json.dumps(made, indent=2) + "\n")
         work.chmod(0o755)
         if root.exists():
@@ -365,26 +230,20 @@ def _replace_tree(name: str, root: Path, made: dict[str, Any], progress: bool) -
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_tree(
-    name: str, root: Path, seed: int, counts: dict[str, int], size: list[int], progress: bool
-) -> None:
-    jobs = [(split, index) for split in SPLITS for index in range(counts[split])]
-    listed: dict[str, list[str]] = {split: [] for split in SPLITS}
+def _write_tree(root: Path, made: dict[str, Any], progress: bool) -> None:
+    toy, _ = toy_of(made["dataset"])
+    name, jobs = made["dataset"], [(split, index) for split in SPLITS for index in range(made[split])]
     for split, index in tqdm(jobs, desc=f"draw {name}", unit="image", disable=None if progress else True):
-        picture, label = render(name, split, index, seed=seed, image_size=(size[0], size[1]))
-        image_path, label_path = TOYS[name].paths(split, index)
-        _write_image(root / image_path, picture[..., ::-1])
-        _write_image(root / label_path, label)
-        listed[split].append(Path(image_path).stem)
-    if name == "pascal_context":  # the one layout whose splits are lists
-        for split, names in listed.items():
-            path = root / f"VOCdevkit/VOC2010/ImageSets/Main/{split}.txt"
+        picture, label = render(name, split, index, seed=made["seed"], image_size=tuple(made["image_size"]))
+        for file, pixels in zip(toy.paths(split, index), (picture[..., ::-1], label), strict=True):
+            path = root / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(f"{name}\n" for name in names))
-
-
-def _write_image(path: Path, pixels: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = [cv2.IMWRITE_JPEG_QUALITY, 92] if path.suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 6]
-    if not cv2.imwrite(str(path), np.ascontiguousarray(pixels), options):
-        raise MscsError(f"{path}: cannot be written. Check free space and permissions")
+            if not cv2.imwrite(str(path), np.ascontiguousarray(pixels)):
+                raise MscsError(f"{path}: cannot be written. Check free space and permissions")
+    for split in SPLITS:
+        if toy.list_of is None:
+            continue
+        names = [Path(toy.paths(split, index)[1]).stem for index in range(made[split])]
+        path = root / toy.list_of(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{stem}\n" for stem in names))

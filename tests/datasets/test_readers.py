@@ -33,9 +33,9 @@ def any_root(request, make_tree, tmp_path):
         return lambda name: make_tree(name, split_sizes(name))
 
     def generate(name):
-        synth = importlib.import_module("mscs.datasets.toy")
+        toy = importlib.import_module("mscs.datasets.toy")
         root = tmp_path / name
-        synth.write_dataset(name, root, seed=1, train=3, val=2, image_size=(64, 96), progress=False)
+        toy.write_dataset(name, root, seed=1, train=3, val=2, image_size=(64, 96), progress=False)
         return root
 
     return generate

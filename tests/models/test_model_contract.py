@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from mscs.engine import freeze_batch_norm
 from safetensors.torch import load_file, save_file
 from small_models import SMALL
 
-from mscs.engine import freeze_batch_norm
 from mscs.errors import UsageError
 from mscs.models import ModelOutput, build_model, count_parameters
 

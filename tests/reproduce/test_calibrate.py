@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mscs.engine import build_network, open_dataset
 
 from mscs.distributed import World
-from mscs.engine import build_network, open_dataset
 from mscs.errors import UsageError
 from mscs.evaluation import build_protocol, evaluate_model
 from mscs.inference import Predictor

@@ -69,7 +69,7 @@ def test_imports_are_followed_through_lazy_packages():
         "mscs/losses/multiscale.py",
         "mscs/transforms.py",
     } <= set(files)
-    assert not {"mscs/datasets/synth.py", "mscs/inference.py", "mscs/models/convert.py", "mscs/cli.py"} & set(
+    assert not {"mscs/datasets/toy.py", "mscs/inference.py", "mscs/models/convert.py", "mscs/cli.py"} & set(
         files
     )
 

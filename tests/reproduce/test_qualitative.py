@@ -2,11 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mscs.engine import build_network
 from PIL import Image
 
 from mscs.checkpoint import save_weights
 from mscs.datasets.toy import write_dataset
-from mscs.engine import build_network
 from mscs.params import load_params
 from reproduce.qualitative import Box, choose_rows, find_boxes, image_miou, write_comparisons
 from reproduce.trained import TrainedRun

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mscs.engine import build_network
 from PIL import Image
 
 from mscs.checkpoint import save_weights
 from mscs.datasets import Sample
 from mscs.datasets.toy import write_dataset
-from mscs.engine import build_network
 from mscs.errors import MscsError
 from mscs.params import load_params
 from reproduce import tsne
