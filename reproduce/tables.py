@@ -121,7 +121,7 @@ def parameter_count(params: Params, run: str) -> int:
     """Return the number of parameters of a run's full-size network, counted without allocating weights."""
     import torch
 
-    from mscs.datasets.labels import label_set
+    from mscs.datasets import label_set
     from mscs.models import build_model, count_parameters
 
     settings = params.resolve(run, "paper").settings

@@ -24,7 +24,7 @@ import yaml
 
 from mscs.cli import build_parser
 from mscs.cli import main as mscs_main
-from mscs.datasets.labels import DATASETS, check_dataset
+from mscs.datasets.registry import DATASETS, dataset_spec
 from mscs.params import load_params, parse_overrides
 from reproduce import calibrate, ledger, pipeline, tables
 from reproduce.__main__ import build_parser as build_reproduce_parser
@@ -282,7 +282,7 @@ def check_mscs(arguments, inline):
     if getattr(args, "run", None) is not None:
         params().resolve(args.run, args.profile, parse_overrides(args.set))
     if getattr(args, "dataset", None) is not None:
-        check_dataset(args.dataset)
+        dataset_spec(args.dataset)
     assert getattr(args, "profile", None) in (None, "mini", "paper")
 
 
