@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mscs.datasets.labels import DATASETS, label_set
 
-from mscs.datasets import build_dataset, toy
+from mscs.datasets import DATASETS, build_dataset, label_set, toy
 from mscs.errors import UsageError
 from reproduce.baselines import colour_miou
 
@@ -78,7 +77,7 @@ def test_few_classes_some_of_them_rare_and_colour_does_not_tell_them(
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_tables_name_classes_of_the_dataset(name: str) -> None:
-    shown = {part[0] for _, parts in toy.things(toy.TOYS[name][2]) for part in parts}
+    shown = {part[0] for _, parts in toy.things(DATASETS[name].toy.things) for part in parts}
     assert 8 <= len(shown) <= 12
     assert shown <= set(label_set(name).classes)
 

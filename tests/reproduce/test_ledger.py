@@ -93,14 +93,14 @@ def test_upstream_of_each_network_decides_how_it_trains_and_is_tested_on_ade20k(
 
 
 def test_recipe_code_leaves_the_listed_cadis_frames_out(params):
-    from mscs.datasets.labels import cadis_blacklist, cadis_videos, label_set
+    from mscs.datasets.cadis import SPLITS, VIDEOS, blacklist
 
     skips = {r: params.resolve(CADIS, "paper", {"recipe": r}).settings.skip_wrong_labels for r in RECIPES}
     assert skips == {"paper": False, "code": True, "upstream": False}
     for split, kept in (("train", 3490), ("val", 511)):
-        prefixes = tuple(f"Video{video}_" for video in cadis_videos(split))
-        listed = [frame for frame in cadis_blacklist() if frame.startswith(prefixes)]
-        assert label_set("cadis", 3).split_counts[split] - len(listed) == kept
+        prefixes = tuple(f"Video{video}_" for video in VIDEOS[split])
+        listed = [frame for frame in blacklist() if frame.startswith(prefixes)]
+        assert SPLITS[split] - len(listed) == kept
         assert str(kept) in entry_of("cadis-wrong-labels").values["code"]
 
 
