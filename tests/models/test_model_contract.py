@@ -10,6 +10,7 @@ from small_models import SMALL
 
 from mscs.errors import UsageError
 from mscs.models import ModelOutput, build_model, count_parameters
+from mscs.models.sync_batchnorm import freeze_batch_norm
 
 CASES = [(case, position) for case, (*_, positions) in SMALL.items() for position in (None, *positions)]
 CLASSES = 5
