@@ -29,7 +29,7 @@ from mscs.blocks import (
 )
 from mscs.datasets import DATASETS
 from mscs.errors import unknown_name
-from mscs.models.options import MODEL_OPTIONS
+from mscs.model_options import MODEL_OPTIONS
 
 Phase = Literal["train", "evaluate"]
 PHASES: tuple[Phase, ...] = ("train", "evaluate")
@@ -118,7 +118,7 @@ class Model(Block):
     @model_validator(mode="after")
     def _check_options(self) -> "Model":
         for option in self.options:
-            _known(f"option of model {self.name!r}", option, MODEL_OPTIONS[self.name])
+            _known(f"option of model {self.name!r}", option, vars(MODEL_OPTIONS[self.name]))
         return self
 
 

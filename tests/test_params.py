@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mscs.errors import UsageError
-from mscs.models.options import MODEL_OPTIONS
+from mscs.model_options import MODEL_OPTIONS
 from mscs.params import Params, from_plain, load_params, parse_overrides, to_plain
 
 # The supplement's Tables 4 to 7: dataset, model, backbone ->
@@ -102,7 +102,7 @@ def test_every_run_resolves_in_every_profile_and_comes_back_from_json(params):
             assert from_plain(plain) == resolved.settings
             assert set(plain) <= set(resolved.sources), "every value has a source"
             assert "." not in run
-            assert set(resolved.settings.model_options) <= set(MODEL_OPTIONS[resolved.settings.model])
+            assert set(resolved.settings.model_options) <= set(vars(MODEL_OPTIONS[resolved.settings.model]))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,15 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from mscs.errors import UsageError
+from mscs.model_options import ModelOptions
 from mscs.models.backbone import Backbone
-from mscs.models.layers import resize
-from mscs.models.projector import build_projectors
+from mscs.models.layers import Projector, resize
+
+ONE_VALUE = (
+    "batch norm cannot train on one value per channel: one image whose coarsest feature map is one pixel or "
+    "is pooled to one. Use larger images, at least two images per process, synchronised batch norm, eval() "
+    "or, for UPerNet, ppm_upsample_first=True"
+)
 
 
 class ModelOutput(NamedTuple):
@@ -42,20 +48,19 @@ class Decoded(NamedTuple):
 class SegmentationModel(nn.Module):
     """A backbone, a head and, while training with the contrastive loss, projectors.
 
-    A subclass builds its head, calls `add_projectors` last (so that the weights drawn for the rest do not
-    depend on them) and implements `decode`.
+    A subclass takes backbone, number of classes, projector position and its options, builds its head, calls
+    `add_projectors` last (so that the weights drawn for the rest do not depend on them) and has `decode`.
     """
 
-    def __init__(self, backbone: Backbone, *, align_corners: bool) -> None:
+    def __init__(self, backbone: Backbone, options: ModelOptions) -> None:
         super().__init__()
         self.backbone = backbone
-        self.align_corners = align_corners
+        self.options = options
+        self.align_corners = options.align_corners
         self.projector: str | None = None
         self.projectors: nn.ModuleList | None = None
 
-    def add_projectors(
-        self, position: str | None, channels: Mapping[str, Sequence[int]], outputs: int
-    ) -> None:
+    def add_projectors(self, position: str | None, channels: Mapping[str, Sequence[int]]) -> None:
         """Attach projectors at `position`, a key of `channels` (channels per scale); None attaches none."""
         if position is None:
             return
@@ -65,7 +70,8 @@ class SegmentationModel(nn.Module):
                 f"accepted: {', '.join(channels)} or None"
             )
         self.projector = position
-        self.projectors = build_projectors(channels[position], outputs)
+        outputs = self.options.projector_channels
+        self.projectors = nn.ModuleList(Projector(inputs, outputs) for inputs in channels[position])
 
     def drop_projector(self) -> None:
         """Remove the projectors; logits stay the same."""
@@ -78,15 +84,20 @@ class SegmentationModel(nn.Module):
     def forward(self, images: Tensor) -> ModelOutput:
         """Return logits and embeddings of `images` (B, 3, H, W), normalised as the backbone was trained."""
         self._check(images)
-        decoded = self.decode(self.backbone(images))
+        embeddings = None
+        try:
+            decoded = self.decode(self.backbone(images))
+            if self.projectors is not None and self.projector is not None:
+                maps = decoded.maps[self.projector]
+                embeddings = [project(x) for project, x in zip(self.projectors, maps, strict=True)]
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(ONE_VALUE) from error
         size = images.shape[-2:]
         aux_logits = decoded.aux_logits
         if aux_logits is not None:
             aux_logits = resize(aux_logits, size, self.align_corners)
-        embeddings = None
-        if self.projectors is not None and self.projector is not None:
-            maps = decoded.maps[self.projector]
-            embeddings = [project(x) for project, x in zip(self.projectors, maps, strict=True)]
         return ModelOutput(resize(decoded.logits, size, self.align_corners), aux_logits, embeddings)
 
     def _check(self, images: Tensor) -> None:
@@ -103,9 +114,4 @@ class SegmentationModel(nn.Module):
             raise UsageError(
                 f"images are {height}x{width} pixels, smaller than the stride {stride} of the backbone; "
                 f"use at least {stride}x{stride}"
-            )
-        if self.training and images.shape[0] == 1 and height <= stride and width <= stride:
-            raise UsageError(
-                f"batch norm cannot train on one image of {height}x{width}: its coarsest feature map is one "
-                "pixel; use a larger image, a larger batch or eval()"
             )

@@ -1,18 +1,20 @@
 """From a name to a model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from mscs.errors import UsageError, unknown_name
+from mscs.model_options import MODEL_OPTIONS
 from mscs.models.backbone import build_backbone
 from mscs.models.base import SegmentationModel
 from mscs.models.deeplabv3 import DeepLabV3
 from mscs.models.hrnet import HRNet
 from mscs.models.ocrnet import OCRNet
-from mscs.models.options import BACKBONE_DEFAULTS, FUSION_DEFAULTS, MODEL_OPTIONS
 from mscs.models.upernet import UPerNet
 
 BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
@@ -30,7 +32,7 @@ def build_model(
     *,
     projector: str | None = None,
     pretrained: bool | str | Path = False,
-    **options: object,
+    **options: Any,
 ) -> SegmentationModel:
     """Return a model that maps images (B, 3, H, W) to a `ModelOutput`.
 
@@ -42,16 +44,17 @@ def build_model(
         num_classes: K, at least 2.
         projector: where embeddings branch off: `backbone`, `fpn` (UPerNet), `concat` (HRNet) or None.
         pretrained: False, True (download or find the pinned weights) or the path of a weight file.
-        options: see `mscs.models.options.MODEL_OPTIONS`.
+        options: see `mscs.model_options`.
 
     Raises:
         UsageError: an unknown name or option, or a combination that does not exist.
     """
     if name not in BUILDERS:
         raise UsageError(unknown_name("model", name, BUILDERS))
+    defaults = MODEL_OPTIONS[name]
     for option in options:
-        if option not in MODEL_OPTIONS[name]:
-            raise UsageError(unknown_name(f"option of model {name!r}", option, MODEL_OPTIONS[name]))
+        if option not in vars(defaults):
+            raise UsageError(unknown_name(f"option of model {name!r}", option, vars(defaults)))
     if not isinstance(backbone, str):
         raise UsageError(f"backbone must be a name from timm.list_models(), found {backbone!r}")
     if not isinstance(num_classes, Integral) or num_classes < 2:
@@ -60,13 +63,9 @@ def build_model(
         whole = option.endswith("channels") and value is not None
         if whole and not (isinstance(value, Integral) and value > 0):
             raise UsageError(f"{option} must be a whole number of at least 1, found {value!r}")
-    settings = MODEL_OPTIONS[name] | options
-    body_names = (*BACKBONE_DEFAULTS, *FUSION_DEFAULTS, "output_stride")
-    body_settings = {key: settings.pop(key) for key in body_names if key in settings}
-    if body_settings.get("output_stride", 32) is None:
-        body_settings["output_stride"] = 32 if backbone.startswith("hrnet") else 8
-    body = build_backbone(backbone, pretrained=pretrained, **body_settings)
-    return BUILDERS[name](body, num_classes, projector, **settings)
+    chosen = replace(defaults, **options)
+    body = build_backbone(backbone, chosen, pretrained=pretrained)
+    return BUILDERS[name](body, num_classes, projector, chosen)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mscs.errors import UsageError
+from mscs.model_options import DeepLabV3Options
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
 from mscs.models.layers import conv_norm_relu
@@ -28,11 +28,6 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused map."""
-        if self.mean[1].training and x.shape[0] == 1 and isinstance(self.mean[1], nn.BatchNorm2d):
-            raise UsageError(
-                "DeepLabV3 cannot train batch norm on the mean of a single image; "
-                "use at least two images per process or synchronised batch norm"
-            )
         mean = self.mean(x.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *x.shape[-2:])
         return self.fuse(torch.cat([*(path(x) for path in self.paths), mean], dim=1))
 
@@ -41,28 +36,19 @@ class DeepLabV3(SegmentationModel):
     """DeepLabV3 without auxiliary head.
 
     Projector position `backbone`: the first, third and fourth stage (C2, C4, C5). Options: see
-    `mscs.models.options`.
+    `mscs.model_options.DeepLabV3Options`.
     """
 
     projected = (0, 2, 3)
 
     def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        projector: str | None,
-        *,
-        align_corners: bool,
-        aspp_channels: int,
-        aspp_rates: tuple[int, ...],
-        aspp_bn_eps: float,
-        projector_channels: int,
+        self, backbone: Backbone, num_classes: int, projector: str | None, options: DeepLabV3Options
     ) -> None:
-        super().__init__(backbone, align_corners=align_corners)
-        self.aspp = ASPP(backbone.channels[-1], aspp_channels, tuple(aspp_rates), aspp_bn_eps)
-        self.classifier = nn.Conv2d(aspp_channels, num_classes, 1)
-        channels = [backbone.channels[i] for i in self.projected]
-        self.add_projectors(projector, {"backbone": channels}, projector_channels)
+        super().__init__(backbone, options)
+        channels = options.aspp_channels
+        self.aspp = ASPP(backbone.channels[-1], channels, options.aspp_rates, options.aspp_bn_eps)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.add_projectors(projector, {"backbone": [backbone.channels[i] for i in self.projected]})
 
     def decode(self, features: list[Tensor]) -> Decoded:
         """Return logits at the backbone's stride."""

@@ -1,4 +1,6 @@
-"""Small pieces that several heads share. Shapes: B images, C channels, H x W pixels."""
+"""Layers that several models share. Shapes: B images, C channels, H x W pixels."""
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def conv_norm_relu(
     )
 
 
-class FCNHead(nn.Module):
+class FCNHead(nn.Sequential):
     """Convolution, batch norm, optional ReLU and channel dropout, then a 1x1 classifier.
 
     Args:
@@ -56,13 +58,27 @@ class FCNHead(nn.Module):
         dropout: float = 0.0,
         classifier_bias: bool = True,
     ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, channels, kernel, padding=kernel // 2)
-        self.norm = nn.BatchNorm2d(channels)
-        self.act = nn.ReLU(inplace=True) if relu else nn.Identity()
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1, bias=classifier_bias)
+        super().__init__(
+            OrderedDict(
+                conv=nn.Conv2d(inputs, channels, kernel, padding=kernel // 2),
+                norm=nn.BatchNorm2d(channels),
+                act=nn.ReLU(inplace=True) if relu else nn.Identity(),
+                dropout=nn.Dropout2d(dropout),
+                classifier=nn.Conv2d(channels, num_classes, 1, bias=classifier_bias),
+            )
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, K, H, W) at the size of `x`."""
-        return self.classifier(self.dropout(self.act(self.norm(self.conv(x)))))
+
+class Projector(nn.Sequential):
+    """Turns a feature map into embeddings, with the norm after the ReLU and momentum 3e-4, as published.
+
+    Shape: (B, inputs, H, W) -> (B, outputs, H, W), not normalised: the loss does that.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, inputs, 1, bias=False),
+            nn.ReLU(inplace=True),
+            nn.BatchNorm2d(inputs, momentum=3e-4),
+            nn.Conv2d(inputs, outputs, 1),
+        )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mscs.model_options import OCRNetOptions
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
 from mscs.models.layers import FCNHead, concatenate, conv_norm_relu
@@ -29,11 +30,11 @@ class ClassAttention(nn.Module):
 
     def __init__(self, channels: int, key_channels: int, dropout: float) -> None:
         super().__init__()
-        self.query = nn.Sequential(
-            *conv_norm_relu(channels, key_channels), *conv_norm_relu(key_channels, key_channels)
-        )
-        self.key = nn.Sequential(
-            *conv_norm_relu(channels, key_channels), *conv_norm_relu(key_channels, key_channels)
+        self.query, self.key = (
+            nn.Sequential(
+                *conv_norm_relu(channels, key_channels), *conv_norm_relu(key_channels, key_channels)
+            )
+            for _ in range(2)
         )
         self.value = conv_norm_relu(channels, key_channels)
         self.out = conv_norm_relu(key_channels, channels)
@@ -42,9 +43,8 @@ class ClassAttention(nn.Module):
 
     def forward(self, pixels: Tensor, classes: Tensor) -> Tensor:
         """Return pixels that know their classes."""
-        query, key, value = (
-            x.flatten(2).mT for x in (self.query(pixels), self.key(classes), self.value(classes))
-        )
+        parts = self.query(pixels), self.key(classes), self.value(classes)
+        query, key, value = (x.flatten(2).mT for x in parts)
         context = F.scaled_dot_product_attention(query, key, value).mT.unflatten(2, pixels.shape[-2:])
         return self.dropout(self.fuse(torch.cat([self.out(context), pixels], dim=1)))
 
@@ -54,45 +54,33 @@ class OCRNet(SegmentationModel):
 
     Auxiliary logits come from the concatenation (HRNet) or the last stage but one (others).
     Projector position `backbone`: all four branches (HRNet) or the first and last stage (others).
-    Options: see `mscs.models.options`.
+    Options: see `mscs.model_options.OCRNetOptions`.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        projector: str | None,
-        *,
-        align_corners: bool,
-        mid_channels: int,
-        key_channels: int,
-        aux_channels: int | None,
-        aux_kernel: int,
-        dropout: float,
-        projector_channels: int,
+        self, backbone: Backbone, num_classes: int, projector: str | None, options: OCRNetOptions
     ) -> None:
-        super().__init__(backbone, align_corners=align_corners)
+        super().__init__(backbone, options)
         self.joined = backbone.family == "hrnet"
         high = sum(backbone.channels) if self.joined else backbone.channels[-1]
         low = high if self.joined else backbone.channels[-2]
-        self.pixels = conv_norm_relu(high, mid_channels, 3, bias=True)
-        self.aux_head = FCNHead(
-            low, aux_channels or mid_channels, num_classes, kernel=aux_kernel, dropout=dropout
-        )
-        self.attention = ClassAttention(mid_channels, key_channels, dropout)
-        self.classifier = nn.Conv2d(mid_channels, num_classes, 1)
-        channels = backbone.channels if self.joined else (backbone.channels[0], backbone.channels[-1])
-        self.add_projectors(projector, {"backbone": channels}, projector_channels)
+        channels, dropout = options.mid_channels, options.dropout
+        aux_channels = options.aux_channels or channels
+        self.pixels = conv_norm_relu(high, channels, 3, bias=True)
+        self.aux_head = FCNHead(low, aux_channels, num_classes, kernel=options.aux_kernel, dropout=dropout)
+        self.attention = ClassAttention(channels, options.key_channels, dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        projected = backbone.channels if self.joined else (backbone.channels[0], backbone.channels[-1])
+        self.add_projectors(projector, {"backbone": projected})
 
     def decode(self, features: list[Tensor]) -> Decoded:
         """Return logits and auxiliary logits at the backbone's stride."""
+        low, high = features[-2:]
+        projected = [features[0], high]
         if self.joined:
-            high = low = concatenate(features, self.align_corners)
-            maps = features
-        else:
-            low, high = features[-2:]
-            maps = [features[0], features[-1]]
+            low = high = concatenate(features, self.align_corners)
+            projected = features
         aux_logits = self.aux_head(low)
         pixels = self.pixels(high)
         logits = self.classifier(self.attention(pixels, gather_classes(pixels, aux_logits)))
-        return Decoded(logits, aux_logits, {"backbone": maps})
+        return Decoded(logits, aux_logits, {"backbone": projected})

@@ -8,24 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.nn.functional import all_reduce
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over all processes; so is the gradient, since every process uses the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        distributed.all_reduce(total)
-        return total
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -48,14 +33,15 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return normalised
 
     def _normalise_on_cpu(self, x: Tensor) -> Tensor:
+        # all_reduce sums the gradient over processes too, since every process uses the sum
         values = x.to(self.weight.dtype)
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         count = values.new_tensor([x.numel() // x.shape[1]])
-        sums = _SumOverProcesses.apply(torch.cat([values.sum(dims), count]))
+        sums = all_reduce(torch.cat([values.sum(dims), count]))
         mean, total = sums[:-1] / sums[-1], sums[-1].detach()
         centred = values - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / total
+        variance = all_reduce(centred.square().sum(dims)) / total
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 momentum = self.momentum or 0.0

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mscs.errors import UsageError
+from mscs.model_options import UPerNetOptions
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
 from mscs.models.layers import FCNHead, conv_norm_relu, resize
@@ -28,13 +29,6 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused map."""
-        convolves_pixel = 1 in self.pool_sizes and not self.upsample_first
-        norm = self.fuse[1]
-        if convolves_pixel and norm.training and x.shape[0] == 1 and isinstance(norm, nn.BatchNorm2d):
-            raise UsageError(
-                "pyramid pooling to 1x1 cannot train batch norm on a batch of one image; "
-                "use a larger batch or ppm_upsample_first=True"
-            )
         maps = [x]
         for size, conv in zip(self.pool_sizes, self.convs, strict=True):
             pooled = F.adaptive_avg_pool2d(x, size)
@@ -49,39 +43,28 @@ class UPerNet(SegmentationModel):
     """UPerNet with an optional auxiliary head.
 
     Projector positions: `backbone` (one per backbone feature) and `fpn` (one per pyramid level, the coarsest
-    being the pooled map). Options: see `mscs.models.options`.
+    being the pooled map). Options: see `mscs.model_options.UPerNetOptions`.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        projector: str | None,
-        *,
-        align_corners: bool,
-        channels: int,
-        pool_sizes: tuple[int, ...],
-        ppm_upsample_first: bool,
-        dropout: float,
-        aux_index: int | str | None,
-        aux_channels: int,
-        projector_channels: int,
+        self, backbone: Backbone, num_classes: int, projector: str | None, options: UPerNetOptions
     ) -> None:
-        super().__init__(backbone, align_corners=align_corners)
+        super().__init__(backbone, options)
+        channels = options.channels
         *fine, coarsest = backbone.channels
-        self.ppm = PyramidPooling(coarsest, channels, pool_sizes, ppm_upsample_first)
+        self.ppm = PyramidPooling(coarsest, channels, options.pool_sizes, options.ppm_upsample_first)
         self.lateral = nn.ModuleList(conv_norm_relu(inputs, channels) for inputs in fine)
         self.smooth = nn.ModuleList(conv_norm_relu(channels, channels, 3) for _ in fine)
         self.fuse = conv_norm_relu(len(backbone.channels) * channels, channels, 3)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(options.dropout)
         self.classifier = nn.Conv2d(channels, num_classes, 1)
-        self.aux_index = self._resolve_aux_index(aux_index)
+        self.aux_index = self._resolve_aux_index(options.aux_index)
         self.aux_head: FCNHead | None = None
         if self.aux_index is not None:
             inputs = backbone.channels[self.aux_index]
-            self.aux_head = FCNHead(inputs, aux_channels, num_classes, dropout=dropout)
+            self.aux_head = FCNHead(inputs, options.aux_channels, num_classes, dropout=options.dropout)
         levels = {"backbone": backbone.channels, "fpn": [channels] * len(backbone.channels)}
-        self.add_projectors(projector, levels, projector_channels)
+        self.add_projectors(projector, levels)
 
     def _resolve_aux_index(self, index: int | str | None) -> int | None:
         if index == "auto":

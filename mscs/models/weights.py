@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mscs.errors import MscsError, UsageError
@@ -24,8 +25,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UsageError(f"no weight file {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many types for broken files
@@ -38,43 +37,40 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def unwrap(content: object) -> dict[str, Tensor]:
     """Return a checkpoint's tensors without wrappers (`state_dict`, `model`) and prefixes (`module.`)."""
-    while isinstance(content, Mapping):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise UsageError(f"a checkpoint must map names to tensors, found {type(content).__name__}")
-    tensors = {n: value for n, value in content.items() if isinstance(n, str) and isinstance(value, Tensor)}
+    named = content if isinstance(content, Mapping) else {}
+    while wrapped := [named[key] for key in _WRAPPERS if isinstance(named.get(key), Mapping)]:
+        named = wrapped[0]
+    tensors = {n: value for n, value in named.items() if isinstance(n, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise UsageError(f"the checkpoint holds no tensors; its keys are {sorted(map(str, content))[:8]}")
+        found = sorted(map(str, named))[:8] or type(content).__name__
+        raise UsageError(f"the checkpoint holds no tensors by name; found {found}")
     for prefix in ("module.", "_orig_mod.", "model."):
         if any(name.startswith(prefix) for name in tensors):
             # what does not carry the prefix belongs to the training wrapper, such as a loss's class weights
-            tensors = {
-                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-            }
+            tensors = {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
     return tensors
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load `tensors`; only batch counters and position indices may be absent or left over."""
     own = model.state_dict()
-    missing = [name for name in own if name not in tensors and not name.endswith(_OPTIONAL)]
-    unexpected = [name for name in tensors if name not in own and not name.endswith(_OPTIONAL)]
-    reshaped = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    problems = [
+    problems = {
+        "missing": [name for name in own if name not in tensors and not name.endswith(_OPTIONAL)],
+        "unexpected": [name for name in tensors if name not in own and not name.endswith(_OPTIONAL)],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ],
+    }
+    text = "; ".join(
         f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        for kind, names in problems.items()
         if names
-    ]
-    if problems:
+    )
+    if text:
         raise UsageError(
-            f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}. Build the model "
+            f"the checkpoint does not fit {type(model).__name__}: {text}. Build the model "
             "with the backbone, class count, options and projector that the checkpoint was trained with"
         )
     model.load_state_dict({name: value for name, value in tensors.items() if name in own}, strict=False)

@@ -23,3 +23,10 @@ SMALL = {
         ("backbone", "fpn"),
     ),
 }
+
+# What turns our defaults into the networks of the repositories that the architectures come from.
+UPSTREAM_OPTIONS = {
+    "hrnet": {"fuse_align_corners": True, "head_kernel": 1, "head_relu": True, "head_bias": True},
+    "ocrnet": {"fuse_align_corners": True, "aux_kernel": 1, "aux_channels": 720, "dropout": 0.05},
+    "upernet": {"ppm_upsample_first": False},
+}

@@ -8,8 +8,8 @@ import torch
 from small_models import NARROW_SWIN, SWIN
 
 from mscs.errors import UsageError
+from mscs.model_options import MODEL_OPTIONS
 from mscs.models import build_model
-from mscs.models.options import CODE_OPTIONS, MODEL_OPTIONS, UPSTREAM_OPTIONS
 
 # a small member of six further families, with its number of channels at strides 4 to 32
 FAMILIES = {
@@ -81,13 +81,6 @@ def test_wrong_requests_are_refused_with_what_is_accepted(arguments, options, me
         build_model(*arguments, **options)
 
 
-def test_recipes_name_options_that_exist():
-    for recipe in (UPSTREAM_OPTIONS, CODE_OPTIONS):
-        assert recipe.keys() == MODEL_OPTIONS.keys()
-        for name, options in recipe.items():
-            assert options.keys() <= MODEL_OPTIONS[name].keys()
-
-
 def test_every_option_is_used_by_its_model():
     backbones = {
         "hrnet": "hrnet_w18_small",
@@ -97,12 +90,24 @@ def test_every_option_is_used_by_its_model():
     }
     for name, options in MODEL_OPTIONS.items():
         with torch.device("meta"):
-            build_model(name, backbones[name], 3, **options)
+            build_model(name, backbones[name], 3, **vars(options))
 
 
 def test_reading_the_options_imports_no_torch():
-    code = "import sys, mscs.models.options; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    code = "import sys, mscs.model_options; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("family", ["convnext_atto", "pvt_v2_b0", "resnest14d"])
+def test_other_families_recompute_their_blocks(family):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build_model("upernet", family, 3, channels=8, checkpointing=checkpointing).train()
+        torch.manual_seed(1)
+        model(torch.ones(2, 3, 64, 64).cumsum(-1)).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.backbone.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_fuse_align_corners_reaches_the_backbone():

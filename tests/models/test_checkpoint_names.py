@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_models import SWIN
+from small_models import SWIN, UPSTREAM_OPTIONS
 
 from mscs.errors import MscsError, UsageError
 from mscs.models import build_model, load_official, load_upstream, read_state_dict
-from mscs.models.options import UPSTREAM_OPTIONS
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 NORM = ("weight", "bias", "running_mean", "running_var")

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from mscs.engine import freeze_batch_norm
 from safetensors.torch import load_file, save_file
 from small_models import SMALL
 
@@ -212,6 +211,12 @@ def test_pixel_sized_features_of_one_image_are_refused_in_training():
         build("hrnet").train()(pictures(1, 3, 32, 32))
     with pytest.raises(UsageError, match="ppm_upsample_first"):
         build("upernet", ppm_upsample_first=False).train()(pictures(1, 3, 64, 64))
+
+
+def test_pixel_sized_features_of_one_image_train_with_frozen_norms():
+    model = build("hrnet").train()
+    freeze_batch_norm(model)
+    assert model(pictures(1, 3, 32, 32)).logits.shape == (1, CLASSES, 32, 32)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (1, 1, 64, 64)])

@@ -12,6 +12,7 @@ from huggingface_hub import close_session, constants
 from safetensors.torch import save, save_file
 
 from mscs.errors import MscsError, UsageError
+from mscs.model_options import BackboneOptions
 from mscs.models import build_model, fetch_pretrained
 from mscs.models.backbone import build_backbone
 from mscs.models.pretrained import PINNED_TAGS, pretrained_record
@@ -186,7 +187,7 @@ def test_classification_weights_of_every_kind_load_from_a_path(wrapped, tmp_path
         source = timm.create_model(name, **options).state_dict()
         path = tmp_path / (f"{name}.pth" if wrapped else f"{name}.safetensors")
         torch.save({"model": source}, path) if wrapped else save_file(source, path)
-        backbone = build_backbone(name, pretrained=path, backbone_options=options)
+        backbone = build_backbone(name, BackboneOptions(backbone_options=options), pretrained=path)
         own = backbone.body.state_dict()
         assert torch.equal(
             own[probe if probe in own else probe.replace("stages.2", "stages_2")], source[probe]
@@ -204,7 +205,9 @@ def test_original_swin_files_load(tmp_path):
         original[".".join(parts).replace("head.fc.", "head.")] = value
     torch.save({"model": original}, tmp_path / "swin.pth")
     name = "swin_tiny_patch4_window7_224"
-    backbone = build_backbone(name, pretrained=tmp_path / "swin.pth", backbone_options=options)
+    backbone = build_backbone(
+        name, BackboneOptions(backbone_options=options), pretrained=tmp_path / "swin.pth"
+    )
     for key, value in backbone.body.state_dict().items():
         assert torch.equal(value, source[key]), key
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mscs.model_options import BackboneOptions
 from mscs.models.backbone import build_backbone
 from mscs.models.deeplabv3 import ASPP
 from mscs.models.upernet import PyramidPooling
@@ -110,7 +111,7 @@ class PlainHRNet:
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (60, 100), (67, 105)])
 def test_hrnet_equals_the_plain_one(size, align_corners):
-    backbone = randomise(build_backbone("hrnet_w18_small", fuse_align_corners=align_corners))
+    backbone = randomise(build_backbone("hrnet_w18_small", BackboneOptions(fuse_align_corners=align_corners)))
     images = torch.randn(1, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         expected = PlainHRNet(backbone.body.state_dict(), align_corners)(images)
@@ -174,7 +175,7 @@ def plain_swin(backbone, images, window):
 @pytest.mark.parametrize("window", [4, 7])
 def test_swin_equals_the_plain_one(size, window):
     options = {"embed_dim": 16, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "window_size": window}
-    backbone = randomise(build_backbone(SWIN, backbone_options=options))
+    backbone = randomise(build_backbone(SWIN, BackboneOptions(backbone_options=options)))
     images = torch.randn(1, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         expected = plain_swin(backbone, images, window)
@@ -199,7 +200,7 @@ def test_resnet_with_output_stride_8_dilates_like_torchvision():
     from torchvision.models import resnet50
 
     reference = resnet50(replace_stride_with_dilation=[False, True, True])
-    backbone = build_backbone("resnet50", output_stride=8)
+    backbone = build_backbone("resnet50", BackboneOptions(output_stride=8))
     backbone.body.load_state_dict(reference.state_dict(), strict=False)
     images = torch.randn(1, 3, 40, 48)
     with torch.no_grad():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mscs.models.options import MODEL_OPTIONS
+from mscs.model_options import MODEL_OPTIONS
 from mscs.params import FIELDS, to_plain
 from reproduce.ledger import entries, rows, switched
 
@@ -14,7 +14,7 @@ CADIS = "cadis-ocrnet-r50-ours"
 def taken(params, run, recipe):
     """Return every setting and model option of a run under a recipe, with the options' defaults filled in."""
     plain = to_plain(params.resolve(run, "paper", {"recipe": recipe}).settings)
-    options = {**MODEL_OPTIONS[plain["model"]], **plain.pop("model_options")}
+    options = {**vars(MODEL_OPTIONS[plain["model"]]), **plain.pop("model_options")}
     del plain["recipe"]
     return json.loads(json.dumps({**plain, **{f"model_options.{key}": x for key, x in options.items()}}))
 
