@@ -129,7 +129,7 @@ class _Tiles:
                         yield rows, columns
 
     def sides(self, rows: slice, columns: slice, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the anchors that a tile serves, with their values in rows: its rows, by symmetry its columns."""
+        """Yield the anchors that a tile serves, and their values: its rows, and by symmetry its columns."""
         yield rows, values
         if self.symmetric and not self._on_diagonal(rows, columns):
             yield columns, values.T

@@ -31,7 +31,7 @@ SPLIT, IEEE = tl.constexpr(_SPLIT), tl.constexpr(_IEEE)
 
 @triton.jit
 def _load_rows(data, rows, count, SIZE: tl.constexpr, MODE: tl.constexpr):
-    """Return (rows, SIZE) of the rounded numbers and of their rounding errors, if kept; zeros past the end."""
+    """Return (rows, SIZE) of rounded numbers and of their rounding errors if kept; zeros past the end."""
     offsets = rows.to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (rows < count)[:, None]
     rounded = tl.load(data + offsets, mask=inside, other=0.0)
@@ -67,7 +67,7 @@ def _load_bounds(start, end, rows, own):
 
 @triton.jit
 def _load_statistics(nlse, negative, positive, anchors, inside, AXIS: tl.constexpr):
-    """Return nlse and the weights of negatives and positives, as (rows, 1) with AXIS 1, (1, columns) with 0."""
+    """Return nlse and the weights of negatives and positives with a new axis of length 1 at AXIS."""
     level = tl.load(nlse + anchors, mask=inside, other=0.0)
     push = tl.load(negative + anchors, mask=inside, other=0.0)
     pull = tl.load(positive + anchors, mask=inside, other=0.0)
@@ -283,7 +283,7 @@ class TritonBackend:
         dx = gradient(x, y, (start, end), BY_ROW=True, BY_COLUMN=False)
         if not need_y:
             return dx, None
-        # the anchors i of the class of column j are those with start_i <= j < end_i, and both bounds are sorted
+        # the anchors of row j of y are those i with start_i <= j < end_i, and both bounds are sorted
         index = torch.arange(y.shape[1], dtype=torch.int32, device=y.device)
         bounds = [torch.searchsorted(ends, index, right=True, out_int32=True) for ends in (end, start)]
         return dx, gradient(y, x, (bounds[0], bounds[1]), BY_ROW=False, BY_COLUMN=True)
