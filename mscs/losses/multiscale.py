@@ -33,7 +33,7 @@ class LossTerms(NamedTuple):
     anchors: Tensor
     """(G, S) int64 on the CPU: anchors N of each group of images at each scale."""
     groups: Tensor
-    """(G, S) int64 on the CPU: (image, class) sets T that took part."""
+    """(G, S) int64 on the CPU: the number T of (image, class) sets that took part; not groups of images."""
     views: Tensor
     """(G, S) int64 on the CPU: pixels V drawn per set; 0 where none or, with sampling="all", not constant."""
 
