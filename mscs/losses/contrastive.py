@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mscs.losses.sampling import gather_pixels
-from mscs.losses.tiled import TiledEngine
+from mscs.losses.tiled import TiledBackend
+
+Rows = tuple[Tensor, Tensor]  # rows (N, C), and the (N,) classes that they are ordered by
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
 PRECISIONS = ("auto", "fp32", "fp16")
@@ -61,6 +63,8 @@ def contrastive_loss(
     _check_set("anchors", anchors, anchor_labels)
     if (contrast is None) != (contrast_labels is None):
         raise ValueError("contrast and contrast_labels must be given together")
+    check_options(temperature, backend, precision)
+    sets = [(anchors, anchor_labels)]
     if contrast is not None and contrast_labels is not None:
         _check_set("contrast", contrast, contrast_labels)
         if contrast.shape[1] != anchors.shape[1] or contrast.device != anchors.device:
@@ -68,16 +72,17 @@ def contrastive_loss(
                 f"anchors are {tuple(anchors.shape)} on {anchors.device}, "
                 f"contrast {tuple(contrast.shape)} on {contrast.device}: channels and device must agree"
             )
-    check_options(temperature, backend, precision)
+        sets.append((contrast, contrast_labels))
     with torch.autocast(anchors.device.type, enabled=False):
-        x, x_labels = sort_rows(prepare(anchors, normalize), anchor_labels)
-        y, y_labels = None, None
-        if contrast is not None and contrast_labels is not None:
-            y, y_labels = sort_rows(prepare(contrast, normalize).to(x.dtype), contrast_labels)
+        ordered = [_sort(prepare(features, normalize), labels) for features, labels in sets]
         return sorted_loss(
-            x, x_labels, y, y_labels,
-            temperature=temperature, unit=normalize, backend=backend, precision=precision,
-        )  # fmt: skip
+            *ordered, temperature=temperature, unit=normalize, backend=backend, precision=precision
+        )
+
+
+def _sort(rows: Tensor, labels: Tensor) -> Rows:
+    labels, order = torch.sort(labels.long(), stable=True)
+    return gather_pixels(rows[:, :, None, None], order), labels
 
 
 def _check_set(name: str, features: Tensor, labels: Tensor) -> None:
@@ -111,27 +116,17 @@ def prepare(features: Tensor, normalize: bool = True) -> Tensor:
     return rows / norm.masked_fill(norm < 1e-12, math.inf)
 
 
-def sort_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Order rows by class."""
-    labels, order = torch.sort(labels.long(), stable=True)
-    return gather_pixels(rows[:, :, None, None], order), labels
+def sorted_loss(*sets: Rows, temperature: float, unit: bool, backend: str, precision: str) -> Tensor:
+    """Return the loss of one set against itself, or of the first against the second.
 
-
-def sorted_loss(
-    x: Tensor,
-    x_labels: Tensor,
-    y: Tensor | None,
-    y_labels: Tensor | None,
-    *,
-    temperature: float,
-    unit: bool,
-    backend: str,
-    precision: str,
-) -> Tensor:
-    """Return the loss of rows that are ordered by class; `unit` promises that their length is at most 1."""
-    if len(x) == 0 or (y is not None and len(y) == 0):
-        return x[:0].sum() if y is None else x[:0].sum() + y[:0].sum()
-    columns, column_labels = (x, x_labels) if y is None or y_labels is None else (y, y_labels)
+    Each set is float rows (N, C) ordered by class, and their int64 classes (N,). `unit` promises that no row
+    is longer than 1.
+    """
+    if not all(len(rows) for rows, _ in sets):
+        return torch.cat([rows[:0] for rows, _ in sets]).sum()
+    x, x_labels = sets[0]
+    columns, column_labels = sets[-1][0].to(x.dtype), sets[-1][1]
+    y = None if len(sets) == 1 else columns
     name = _resolve(backend, x, len(columns))
     if name == "reference":
         same = x_labels[:, None] == column_labels
@@ -139,20 +134,19 @@ def sorted_loss(
     start = torch.searchsorted(column_labels, x_labels)
     end = torch.searchsorted(column_labels, x_labels, right=True)
     bounded = unit and 2 / temperature <= _BOUNDED_EXPONENT
-    if name == "triton":
-        from mscs.losses.triton_kernels import TritonEngine  # imports triton, which is heavy and CUDA only
+    if name == "tiled":
+        return _FusedLoss.apply(x, y, start, end, TiledBackend(temperature, bounded=bounded))
+    from mscs.losses.triton_kernels import TritonBackend  # imports triton, which is heavy and CUDA only
 
-        engine: Engine = TritonEngine(temperature, bounded=bounded, unit=unit, half=precision == "fp16")
-    else:
-        engine = TiledEngine(temperature, bounded=bounded)
-    return _FusedLoss.apply(x, y, start, end, engine)
+    half = precision == "fp16"
+    return _FusedLoss.apply(
+        x, y, start, end, TritonBackend(temperature, bounded=bounded, unit=unit, half=half)
+    )
 
 
 def _dense(similarity: Tensor, same: Tensor, *, exclude_diagonal: bool) -> Tensor:
     """Return the loss from an (N, M) similarity matrix; `same` marks pairs of one class."""
-    positive = (
-        same & ~torch.eye(len(same), dtype=torch.bool, device=same.device) if exclude_diagonal else same
-    )
+    positive = same.clone().fill_diagonal_(False) if exclude_diagonal else same
     # the lowest finite number instead of -inf: a row without negatives then has loss and gradient 0, not NaN
     lowest = torch.finfo(similarity.dtype).min
     nlse = similarity.masked_fill(same, lowest).logsumexp(dim=1, keepdim=True)
@@ -160,8 +154,11 @@ def _dense(similarity: Tensor, same: Tensor, *, exclude_diagonal: bool) -> Tenso
     return (loss.where(positive, 0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)).mean()
 
 
-class Engine(Protocol):
-    """What a memory-saving backend offers; y = None means x against itself."""
+class Backend(Protocol):
+    """What a memory-saving backend offers; y = None means x against itself.
+
+    x (N, C) and y (M, C) are ordered by class; start, end (N,) bound the columns of each row's class.
+    """
 
     def pack(self, x: Tensor) -> Tensor:
         """Return the rows in the form the other two methods take."""
@@ -173,50 +170,51 @@ class Engine(Protocol):
 
     def gradients(
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
-        nlse: Tensor, push: Tensor, pull: Tensor, need_y: bool,
+        nlse: Tensor, negative: Tensor, positive: Tensor, need_y: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return dL/dx and dL/dy from nlse and the weights of each row's negatives and positives."""
+        """Return dL/dx, and dL/dy where a separate y needs it, from the weights of negatives and positives.
+
+        dL/ds is negative_i * exp(s_in - nlse_i) for negatives n and -positive_i * sigmoid(nlse_i - s_ip)
+        for positives p.
+        """
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The loss by an engine that visits tiles of the similarity matrix and keeps three numbers per row."""
+    """The loss by a backend that visits tiles of the similarity matrix and keeps three numbers per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor, engine: Engine) -> Tensor:
-        rows = engine.pack(x)
-        columns = None if y is None else engine.pack(y)
-        nlse, loss, hits = engine.statistics(rows, columns, start, end)
-        positives = end - start - (1 if y is None else 0)
-        pull = (positives > 0) / (positives.clamp(min=1) * len(x)).to(x.dtype)
-        ctx.engine, ctx.channels = engine, x.shape[1]
-        ctx.save_for_backward(rows, columns, start, end, nlse, pull * hits, pull)
-        return (pull * loss).sum()
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor, backend: Backend
+    ) -> Tensor:
+        rows, columns = backend.pack(x), None if y is None else backend.pack(y)
+        nlse, softplus_sum, sigmoid_sum = backend.statistics(rows, columns, start, end)
+        count = end - start - (1 if y is None else 0)
+        positive = (count > 0) / (count.clamp(min=1) * len(x)).to(x.dtype)
+        ctx.backend, ctx.channels = backend, x.shape[1]
+        # as the weights of a row in dL/ds sum to 0, its negatives weigh as much as its positives together
+        ctx.save_for_backward(rows, columns, start, end, nlse, positive * sigmoid_sum, positive)
+        return (positive * softplus_sum).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the statistics would silently count as constants
             raise RuntimeError('contrastive_loss: second derivatives need backend "reference"')
         with torch.autocast(grad.device.type, enabled=False):
-            dx, dy = ctx.engine.gradients(*ctx.saved_tensors, need_y=ctx.needs_input_grad[1])
+            dx, dy = ctx.backend.gradients(*ctx.saved_tensors, need_y=ctx.needs_input_grad[1])
             dx, dy = (None if d is None else d[:, : ctx.channels].mul_(grad) for d in (dx, dy))
         return dx, dy, None, None, None
 
 
 def _resolve(backend: str, x: Tensor, columns: int) -> str:
     """Return the backend that runs: what was asked for, or the fastest for this input."""
-    if backend == "triton":
-        _check_triton(x)
-    if backend != "auto":
-        return backend
-    if x.is_cuda and x.dtype == torch.float32 and x.shape[1] <= MAX_TRITON_CHANNELS and find_spec("triton"):
-        return "triton"
-    return "reference" if len(x) * columns <= _REFERENCE_PAIRS else "tiled"
-
-
-def _check_triton(x: Tensor) -> None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if x.dtype != torch.float32 or x.shape[1] > MAX_TRITON_CHANNELS or not (x.is_cuda or interpreted):
+    fits = x.dtype == torch.float32 and x.shape[1] <= MAX_TRITON_CHANNELS
+    if backend == "triton" and not (fits and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         raise ValueError(
             f'backend "triton" runs CUDA tensors of at most 32 bits and {MAX_TRITON_CHANNELS} channels; '
             f'found {x.dtype} on {x.device} with {x.shape[1]} channels. Use backend "auto" or "tiled"'
         )
+    if backend != "auto":
+        return backend
+    if fits and x.is_cuda and find_spec("triton"):
+        return "triton"
+    return "reference" if len(x) * columns <= _REFERENCE_PAIRS else "tiled"

@@ -1,14 +1,24 @@
 """Eq. 5's contrastive part: within-scale terms, cross-scale terms, and their weighted sum."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mscs.losses import contrastive, sampling
+from mscs.losses.contrastive import check_options, prepare, sorted_loss
 from mscs.losses.groups import check_groups
-from mscs.losses.sampling import check_caps
+from mscs.losses.sampling import (
+    Anchors,
+    BalancedDraw,
+    Draw,
+    FullDraw,
+    check_caps,
+    check_maps,
+    downsample_labels,
+    select,
+)
 
 
 class LossTerms(NamedTuple):
@@ -23,7 +33,7 @@ class LossTerms(NamedTuple):
     anchors: Tensor
     """(G, S) int64 on the CPU: anchors N of each group of images at each scale."""
     groups: Tensor
-    """(G, S) int64 on the CPU: (image, class) sets T that took part."""
+    """(G, S) int64 on the CPU: the number T of (image, class) sets that took part; not groups of images."""
     views: Tensor
     """(G, S) int64 on the CPU: pixels V drawn per set; 0 where none or, with sampling="all", not constant."""
 
@@ -73,7 +83,7 @@ class MultiScaleContrastiveLoss(nn.Module):
         precision: str = "auto",
     ) -> None:
         super().__init__()
-        contrastive.check_options(temperature, backend, precision)
+        check_options(temperature, backend, precision)
         if sampling not in ("balanced", "all"):
             raise ValueError(f"unknown sampling {sampling!r}; accepted: all, balanced")
         check_caps(min_views, max_views, max_anchors)
@@ -86,15 +96,12 @@ class MultiScaleContrastiveLoss(nn.Module):
         self.cross_pairs = tuple((a, b) for a, b in cross_pairs)
         self.multi_scale_weight = multi_scale_weight
         self.cross_scale_weight = cross_scale_weight
-        self.temperature = temperature
         self.images_per_group = images_per_group
-        self.sampling = sampling
-        self.min_views = min_views
-        self.max_views = max_views
-        self.max_anchors = max_anchors
+        self._term = partial(
+            sorted_loss, temperature=temperature, unit=True, backend=backend, precision=precision
+        )
         self.ignore_index = ignore_index
-        self.backend = backend
-        self.precision = precision
+        self._caps = None if sampling == "all" else (min_views, max_views, max_anchors)
 
     def forward(
         self,
@@ -111,66 +118,51 @@ class MultiScaleContrastiveLoss(nn.Module):
                 latter makes the draw of a group independent of how groups are spread over processes.
         """
         multi, cross, counts = [], [], []
-        for rows in self._sampled_groups(features, labels, generator):
+        for drawn in self._sampled_groups(features, labels, generator):
             with torch.autocast(labels.device.type, enabled=False):
-                multi.append([self._term(x, x_labels) for x, x_labels, _, _ in rows])
-                cross.append([self._term(*rows[a][:2], *rows[b][:2]) for a, b in self.cross_pairs])
-            counts.append([(len(x), groups, views) for x, _, groups, views in rows])
-        multi_scale = torch.stack([torch.stack(terms) for terms in multi]).mean(dim=0)
+                rows = [(prepare(anchors.features), anchors.labels) for anchors in drawn]
+                multi.append(torch.stack([self._term(own) for own in rows]))
+                cross += [self._term(rows[a], rows[b]) for a, b in self.cross_pairs]
+            counts.append([(len(anchors.labels), anchors.groups, anchors.views) for anchors in drawn])
+        multi_scale = torch.stack(multi).mean(dim=0)
         cross_scale = multi_scale.new_zeros(0)
         if self.cross_pairs:
-            cross_scale = torch.stack([torch.stack(terms) for terms in cross]).mean(dim=0)
+            cross_scale = torch.stack(cross).view(len(multi), -1).mean(dim=0)
         weighted = sum(w * term for w, term in zip(self.scale_weights, multi_scale, strict=True))
         total = self.multi_scale_weight * weighted + self.cross_scale_weight * cross_scale.sum()
-        anchors, groups, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
-        return LossTerms(total, multi_scale, cross_scale, anchors, groups, views)
+        anchors, sets, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
+        return LossTerms(total, multi_scale, cross_scale, anchors, sets, views)
 
     def _sampled_groups(
         self,
         features: Sequence[Tensor],
         labels: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None,
-    ) -> list[list[tuple[Tensor, Tensor, int, int]]]:
-        """Return, per group and scale, unit rows ordered by class, their labels, T and V."""
+    ) -> list[list[Anchors]]:
+        """Return the anchors of each group of images at each scale, ordered by class."""
         features = list(features)
         if len(features) != len(self.scale_weights):
             raise ValueError(f"{len(features)} feature maps for {len(self.scale_weights)} scale weights")
-        sampling.check_maps(features, labels)
+        check_maps(features, labels)
         for a, b in self.cross_pairs:
             channels = features[a].shape[1], features[b].shape[1]
             if channels[0] != channels[1]:
                 raise ValueError(f"feature maps {a} and {b} are a pair, but have {channels} channels")
         per_group = check_groups(len(labels), self.images_per_group)
-        count = len(labels) // per_group
-        generators = [generator] * count if not isinstance(generator, Sequence) else list(generator)
-        if len(generators) != count:
-            raise ValueError(f"{len(generators)} generators for {count} groups of images")
-        reduced = [sampling.downsample_labels(labels, *feature.shape[-2:]) for feature in features]
-        parts = [slice(first, first + per_group) for first in range(0, len(labels), per_group)]
+        groups = [slice(first, first + per_group) for first in range(0, len(labels), per_group)]
+        generators = list(generator) if isinstance(generator, Sequence) else [generator] * len(groups)
+        if len(generators) != len(groups):
+            raise ValueError(f"{len(generators)} generators for {len(groups)} groups of images")
+        reduced = [downsample_labels(labels, *feature.shape[-2:]) for feature in features]
         draws = [
-            self._draw(r[part], source)
-            for part, source in zip(parts, generators, strict=True)
-            for r in reduced
+            self._draw(level[group], source)
+            for group, source in zip(groups, generators, strict=True)
+            for level in reduced
         ]
-        chosen = iter(sampling.select(draws))
-        return [[self._rows(f[part], next(chosen)) for f in features] for part in parts]
+        chosen = iter(select(draws))
+        return [[next(chosen).by_class().gather(feature[group]) for feature in features] for group in groups]
 
-    def _draw(self, labels: Tensor, generator: torch.Generator | None) -> sampling.Draw:
-        if self.sampling == "all":
-            return sampling.FullDraw(labels, self.ignore_index)
-        caps = self.min_views, self.max_views, self.max_anchors
-        return sampling.BalancedDraw(labels, self.ignore_index, *caps, generator)
-
-    def _rows(self, features: Tensor, chosen: sampling.Selection) -> tuple[Tensor, Tensor, int, int]:
-        classes, order = torch.sort(chosen.labels, stable=True)
-        rows = sampling.gather_pixels(features, chosen.positions[order])
-        with torch.autocast(features.device.type, enabled=False):
-            return contrastive.prepare(rows), classes, chosen.groups, chosen.views
-
-    def _term(
-        self, x: Tensor, x_labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None
-    ) -> Tensor:
-        return contrastive.sorted_loss(
-            x, x_labels, y, y_labels,
-            temperature=self.temperature, unit=True, backend=self.backend, precision=self.precision,
-        )  # fmt: skip
+    def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Draw:
+        if self._caps is None:
+            return FullDraw(labels, self.ignore_index)
+        return BalancedDraw(labels, self.ignore_index, *self._caps, generator)

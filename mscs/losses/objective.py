@@ -66,13 +66,13 @@ class ContrastiveTerms(EmbeddingLoss):
         """Return the terms of Eqs. (3) and (4) and the numbers of anchors, sets and views."""
         step = self.subsample
         record = self.contrastive([x[:, :, ::step, ::step] for x in embeddings], labels, generators)
-        terms = {f"multi_scale_{i}": value for i, value in enumerate(record.multi_scale)}
-        terms |= {f"cross_scale_{i}": value for i, value in enumerate(record.cross_scale)}
-        counts: dict[str, Tensor] = {}
-        for name in ("anchors", "groups", "views"):
-            means = getattr(record, name).double().mean(0)
-            counts |= {f"{name}_{i}": value for i, value in enumerate(means)}
-        return Terms(record.total, terms, counts)
+        terms = _by_scale(multi_scale=record.multi_scale, cross_scale=record.cross_scale)
+        numbers = {name: getattr(record, name).double().mean(0) for name in ("anchors", "groups", "views")}
+        return Terms(record.total, terms, _by_scale(**numbers))
+
+
+def _by_scale(**values: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_{i}": value for name, vector in values.items() for i, value in enumerate(vector)}
 
 
 class Objective(nn.Module):

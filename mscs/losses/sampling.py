@@ -7,7 +7,7 @@ and V; one synchronisation reads them for any number of maps, and whether the la
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ _LAST = torch.iinfo(torch.int64).max  # sorts ignored pixels behind all others
 
 
 class Anchors(NamedTuple):
-    """Sampled pixels, ordered by image, then class, V rows for each of T groups."""
+    """Sampled pixels, ordered by image, then class, V rows for each of T (image, class) sets."""
 
     features: Tensor
     """(T*V, C) as given: neither converted nor normalised."""
@@ -33,12 +33,21 @@ class Anchors(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Positions of the chosen pixels in a flattened (B, h, w) map, and their classes."""
+    """Positions of the chosen pixels in a flattened (B, h, w) map, their classes, and T and V."""
 
     positions: Tensor
     labels: Tensor
     groups: int
     views: int
+
+    def by_class(self) -> "Selection":
+        """Return the same pixels ordered by class, those of one class as before."""
+        labels, order = torch.sort(self.labels, stable=True)
+        return self._replace(positions=self.positions[order], labels=labels)
+
+    def gather(self, features: Tensor) -> Anchors:
+        """Return the chosen pixels of a (B, C, h, w) map."""
+        return Anchors(gather_pixels(features, self.positions), *self[1:])
 
 
 def sample_anchors(
@@ -72,8 +81,7 @@ def sample_anchors(
     check_maps([features], labels)
     reduced = downsample_labels(labels, features.shape[-2], features.shape[-1])
     draw = BalancedDraw(reduced, ignore_index, min_views, max_views, max_anchors, generator)
-    (chosen,) = select([draw])
-    return Anchors(gather_pixels(features, chosen.positions), chosen.labels, chosen.groups, chosen.views)
+    return select([draw])[0].gather(features)
 
 
 def check_maps(features: list[Tensor], labels: Tensor) -> None:
@@ -106,14 +114,35 @@ def downsample_labels(labels: Tensor, height: int, width: int) -> Tensor:
     return labels[:, rows[:, None], columns]
 
 
-class Draw(Protocol):
-    """A choice of pixels that is ready on the device but for two counts that the host must know."""
+class Draw:
+    """A choice of pixels of a (B, h, w) map, ready on the device but for two counts the host must know.
+
+    Every pixel has a set: its image and class in one number, image in the high bits, so that sets sort by
+    image, then class. Ignored pixels have the set of class 0, and are not `valid`.
+
+    Attributes:
+        counts: (3,) int64, the two arguments of `choose`, and whether a label is invalid.
+    """
 
     counts: Tensor
-    """(3,) int64: the two arguments of `select`, and whether a label is invalid."""
 
-    def select(self, first: int, second: int) -> Selection:
+    def __init__(self, labels: Tensor, ignore_index: int) -> None:
+        if len(labels) > _MAX_IMAGES:
+            raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
+        classes = labels.flatten(1).long()
+        valid = classes != ignore_index
+        classes = classes.where(valid, 0)
+        images = torch.arange(len(labels), device=labels.device)[:, None]
+        self.sets = ((images << _CLASS_BITS) | (classes & (_CLASSES - 1))).flatten()
+        self.valid = valid.flatten()
+        self.invalid = (classes >> _CLASS_BITS).any().long()
+        # a count for every set that could exist: its length needs no look at the labels
+        size = self.sets.new_zeros(max(1, len(labels)) << _CLASS_BITS)
+        self.size = size.scatter_add_(0, self.sets, self.valid.long())
+
+    def choose(self, first: int, second: int) -> Selection:
         """Return the chosen pixels."""
+        raise NotImplementedError
 
 
 def select(draws: Sequence[Draw]) -> list[Selection]:
@@ -128,11 +157,11 @@ def select(draws: Sequence[Draw]) -> list[Selection]:
             f"labels must be 0..{_CLASSES - 1} or ignore_index; found values outside. "
             "Map them, or set ignore_index to the value of the pixels that do not count"
         )
-    return [draw.select(first, second) for draw, (first, second, _) in zip(draws, counts, strict=True)]
+    return [draw.choose(first, second) for draw, (first, second, _) in zip(draws, counts, strict=True)]
 
 
-class BalancedDraw:
-    """V random pixels from each (image, class) set of a (B, h, w) map, by image, then class."""
+class BalancedDraw(Draw):
+    """V random pixels from each (image, class) set, by image, then class."""
 
     def __init__(
         self,
@@ -144,45 +173,45 @@ class BalancedDraw:
         generator: torch.Generator | None = None,
     ) -> None:
         check_caps(min_views, max_views, max_anchors)
+        super().__init__(labels, ignore_index)
         self.max_views, self.max_anchors = max_views, max_anchors
-        sets, valid, invalid = _sets(labels, ignore_index)
         device = labels.device if generator is None else generator.device
         pinned = labels.is_cuda and device.type == "cpu"  # a copy from pageable memory would synchronise
         noise = torch.randint(
-            1 << _RANDOM_BITS, sets.shape, generator=generator, device=device, pin_memory=pinned
+            1 << _RANDOM_BITS, self.sets.shape, generator=generator, device=device, pin_memory=pinned
         )
-        key = (sets << _RANDOM_BITS) | noise.to(labels.device, non_blocking=True)
-        self.order = torch.sort(key.where(valid, _LAST)).indices
-        self.size = _sizes(sets, valid, len(labels))
+        # the set decides the order and the random low bits only the order within a set: one sort shuffles
+        # every set at once. 11 + 12 + 40 bits of image, class and noise leave the sign bit clear
+        key = (self.sets << _RANDOM_BITS) | noise.to(labels.device, non_blocking=True)
+        self.order = torch.sort(key.where(self.valid, _LAST)).indices
         self.usable = self.size >= min_views
-        smallest = self.size.where(self.usable, len(sets)).amin()
-        self.counts = torch.stack((self.usable.sum(), smallest, invalid))
+        smallest = self.size.where(self.usable, len(self.sets)).amin()
+        self.counts = torch.stack((self.usable.sum(), smallest, self.invalid))
 
-    def select(self, groups: int, smallest: int) -> Selection:
-        """Return the chosen pixels."""
-        if groups == 0:
+    def choose(self, sets: int, smallest: int) -> Selection:
+        """Return the chosen pixels, of `sets` sets of which the smallest has `smallest` pixels."""
+        if sets == 0:
             return Selection(self.order[:0], self.order[:0], 0, 0)
-        views = max(1, min(smallest, self.max_views, self.max_anchors // groups))
-        chosen = torch.sort(self.usable.int(), descending=True, stable=True).indices[:groups]
+        views = max(1, min(smallest, self.max_views, self.max_anchors // sets))
+        chosen = torch.sort(self.usable.int(), descending=True, stable=True).indices[:sets]
         start = (self.size.cumsum(0) - self.size)[chosen]
         positions = self.order[(start[:, None] + torch.arange(views, device=start.device)).flatten()]
-        classes = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=groups * views)
-        return Selection(positions, classes, groups, views)
+        classes = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=sets * views)
+        return Selection(positions, classes, sets, views)
 
 
-class FullDraw:
-    """Every pixel of a (B, h, w) map that is not ignored, by class; V is not constant and given as 0."""
+class FullDraw(Draw):
+    """Every pixel that is not ignored, by class; V is not constant and given as 0."""
 
     def __init__(self, labels: Tensor, ignore_index: int) -> None:
-        sets, valid, invalid = _sets(labels, ignore_index)
-        classes = (sets & (_CLASSES - 1)).where(valid, _CLASSES)
+        super().__init__(labels, ignore_index)
+        classes = (self.sets & (_CLASSES - 1)).where(self.valid, _CLASSES)
         self.classes, self.order = torch.sort(classes, stable=True)
-        groups = (_sizes(sets, valid, len(labels)) > 0).sum()
-        self.counts = torch.stack((valid.sum(), groups, invalid))
+        self.counts = torch.stack((self.valid.sum(), (self.size > 0).sum(), self.invalid))
 
-    def select(self, count: int, groups: int) -> Selection:
-        """Return the chosen pixels."""
-        return Selection(self.order[:count], self.classes[:count], groups, 0)
+    def choose(self, count: int, sets: int) -> Selection:
+        """Return the first `count` pixels, which are not ignored."""
+        return Selection(self.order[:count], self.classes[:count], sets, 0)
 
 
 def gather_pixels(features: Tensor, positions: Tensor) -> Tensor:
@@ -199,35 +228,16 @@ class _GatherPixels(torch.autograd.Function):
         columns = positions % width
         rows = positions // width
         ctx.save_for_backward(rows // height, rows % height, columns)
-        ctx.like = (
-            features.new_empty(0),
-            features.shape,
-            features.is_contiguous(memory_format=torch.channels_last),
-        )
+        channels_last = features.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if channels_last else torch.contiguous_format
+        ctx.shape = features.shape
         return features.permute(0, 2, 3, 1)[rows // height, rows % height, columns]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        like, shape, channels_last = ctx.like
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        result = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
+        result = torch.empty(
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout
+        ).zero_()
         result.permute(0, 2, 3, 1)[ctx.saved_tensors] = grad
         return result, None
-
-
-def _sets(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return per pixel its set, image and class in one number, whether it counts; and if any is invalid."""
-    if len(labels) > _MAX_IMAGES:
-        raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
-    classes = labels.flatten(1).long()
-    valid = classes != ignore_index
-    classes = classes.where(valid, 0)
-    images = torch.arange(len(labels), device=labels.device)[:, None]
-    sets = (images << _CLASS_BITS) | (classes & (_CLASSES - 1))
-    return sets.flatten(), valid.flatten(), (classes >> _CLASS_BITS).any().long()
-
-
-def _sizes(sets: Tensor, valid: Tensor, images: int) -> Tensor:
-    """Return the number of valid pixels of every possible set."""
-    return sets.new_zeros(max(1, images) << _CLASS_BITS).scatter_add_(0, sets, valid.long())

@@ -46,15 +46,9 @@ def segmentation_loss(
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         labels = labels.long()
-        if class_weights is not None:
-            class_weights = class_weights.to(logits)
-        loss = F.cross_entropy(
-            logits, labels, weight=class_weights, ignore_index=ignore_index, reduction="none"
-        )
+        weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
+        loss = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="none")
         valid = labels != ignore_index
-        if class_weights is None:
-            weight = valid.to(loss.dtype)
-        else:
-            weight = class_weights[labels.where(valid, 0)] * valid
+        weight = weights[labels.where(valid, 0)] * valid
         total, mass = (t.reshape(-1, per_group * t[0].numel()).sum(dim=1) for t in (loss, weight))
         return (total / mass.masked_fill(mass == 0, 1)).mean()

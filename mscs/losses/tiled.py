@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ROWS, _COLUMNS = 512, 1024  # 2 MB in float32: a tile stays in the cache between its few passes
-_Tile = tuple[slice, slice]
-_Classes = list[tuple[int, int, int, int]]  # per class: first and last row, first and last column
 
 
-class TiledEngine:
-    """Statistics and gradients tile by tile.
+class TiledBackend:
+    """Statistics and gradients tile by tile; see `mscs.losses.contrastive.Backend`.
 
     Args:
         temperature: divisor of the dot products.
@@ -37,139 +35,113 @@ class TiledEngine:
     def statistics(
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return per row nlse and the sums over positives of softplus(nlse - s) and sigmoid(nlse - s).
-
-        x (N, C) and y (M, C) are ordered by class; start, end (N,) bound each row's class among the columns.
-        Rows of classes that are absent from y have no positives, so their nlse is not needed and stays -inf.
-        """
-        symmetric = y is None
-        y = x if y is None else y
-        classes = _classes(start, end)
-        tile = _Buffer(x)
+        """Return nlse and both sums over positives; nlse stays -inf where a row has no positive."""
+        tiles = _Tiles(x, y, start, end, self.scale)
         nlse = x.new_full((len(x),), 0.0 if self.bounded else -math.inf)
-        for rows, columns in _negative_tiles(classes, len(y), symmetric):
-            s = self._similarity(x[rows], y[columns], tile)
+        for rows, columns, s, _ in tiles.visit(positives=False):
             if self.bounded:
                 s.exp_()
-                nlse[rows] += s.sum(dim=1)
-                if symmetric:
-                    nlse[columns] += s.sum(dim=0)
-            else:
-                nlse[rows] = torch.logaddexp(nlse[rows], s.logsumexp(dim=1))
-                if symmetric:
-                    nlse[columns] = torch.logaddexp(nlse[columns], s.logsumexp(dim=0))
+            for anchors, values in tiles.sides(rows, columns, s):
+                if self.bounded:
+                    nlse[anchors] += values.sum(dim=1)
+                else:
+                    nlse[anchors] = torch.logaddexp(nlse[anchors], values.logsumexp(dim=1))
         if self.bounded:
             nlse.log_()
-        loss, hits = torch.zeros_like(nlse), torch.zeros_like(nlse)
-        for rows, columns, diagonal in _positive_tiles(classes, symmetric):
-            s = self._similarity(x[rows], y[columns], tile)
-            if diagonal:
-                s.fill_diagonal_(math.inf)  # softplus and sigmoid of -inf are 0: not its own positive
-            margin = nlse[rows, None] - s
-            hits[rows] += margin.sigmoid().sum(dim=1)
-            loss[rows] += F.softplus(margin, threshold=40).sum(dim=1)
-            if symmetric and not diagonal:
-                margin = torch.sub(nlse[columns], s, out=s)
-                hits[columns] += margin.sigmoid().sum(dim=0)
-                loss[columns] += F.softplus(margin, threshold=40).sum(dim=0)
-        return nlse, loss, hits
+        softplus_sum, sigmoid_sum = torch.zeros_like(nlse), torch.zeros_like(nlse)
+        for rows, columns, s, _ in tiles.visit(positives=True):
+            for anchors, values in tiles.sides(rows, columns, s):
+                margin = nlse[anchors, None] - values
+                sigmoid_sum[anchors] += margin.sigmoid().sum(dim=1)
+                softplus_sum[anchors] += F.softplus(margin, threshold=40).sum(dim=1)
+        return nlse, softplus_sum, sigmoid_sum
 
     def gradients(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        start: Tensor,
-        end: Tensor,
-        nlse: Tensor,
-        push: Tensor,
-        pull: Tensor,
-        need_y: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return dL/dx and, for a separate y that needs it, dL/dy.
-
-        With G = dL/ds, G_in = push_i * exp(s_in - nlse_i) for negatives and
-        G_ip = -pull_i * sigmoid(nlse_i - s_ip) for positives: dx = G y / temperature,
-        dy = G^T x / temperature.
-        """
-        symmetric = y is None
-        y = x if y is None else y
-        classes = _classes(start, end)
-        tile, scratch = _Buffer(x), _Buffer(x)
+        self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
+        nlse: Tensor, negative: Tensor, positive: Tensor, need_y: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Return dL/dx = G y / temperature and, for a y that needs it, dL/dy = G^T x / temperature."""
+        tiles = _Tiles(x, y, start, end, self.scale)
         dx = torch.zeros_like(x)
-        dy = dx if symmetric else (torch.zeros_like(y) if need_y else None)
-        finite = nlse.masked_fill(nlse == -math.inf, 0)  # push is 0 where there is no negative
-        alpha = push * (-finite).exp() if self.bounded else push
-        for rows, columns in _negative_tiles(classes, len(y), symmetric):
-            s = self._similarity(x[rows], y[columns], tile)
+        dy = dx if y is None else torch.zeros_like(y) if need_y else None
+        shift = nlse.masked_fill(nlse == -math.inf, 0)  # the weight is 0 where there is no negative
+        if self.bounded:
+            negative = negative * (-shift).exp()
+        for rows, columns, s, spare in tiles.visit(positives=False):
             if self.bounded:
-                weight = alpha[rows, None]
-                if symmetric:
-                    weight = torch.add(weight, alpha[columns], out=scratch.like(s))
+                weight = negative[rows, None]
+                if tiles.symmetric:
+                    weight = torch.add(weight, negative[columns], out=spare)
                 g = s.exp_().mul_(weight)
             else:
-                g = torch.sub(s, finite[rows, None], out=scratch.like(s)).exp_().mul_(push[rows, None])
-                if symmetric:
-                    g.add_(s.sub_(finite[columns]).exp_().mul_(push[columns]))
-            self._accumulate(g, rows, columns, x, y, dx, dy)
-        for rows, columns, diagonal in _positive_tiles(classes, symmetric):
-            s = self._similarity(x[rows], y[columns], tile)
-            if diagonal:
+                g = torch.sub(s, shift[rows, None], out=spare).exp_().mul_(negative[rows, None])
+                if tiles.symmetric:
+                    g.add_(s.sub_(shift[columns]).exp_().mul_(negative[columns]))
+            tiles.accumulate(g, rows, columns, dx, dy)
+        for rows, columns, s, spare in tiles.visit(positives=True):
+            g = torch.sub(nlse[rows, None], s, out=spare).sigmoid_().mul_(-positive[rows, None])
+            if tiles.symmetric:
+                g.sub_(torch.sub(nlse[columns], s, out=s).sigmoid_().mul_(positive[columns]))
+            tiles.accumulate(g, rows, columns, dx, dy)
+        return dx, None if y is None else dy
+
+
+class _Tiles:
+    """The tiles of the similarity matrix of x and y, or of x and itself."""
+
+    def __init__(self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor, scale: float) -> None:
+        self.symmetric = y is None
+        self.x, self.y, self.scale = x, x if y is None else y, scale
+        # per class its first and last row, first and last column; classes absent from y may be merged
+        pairs, sizes = torch.unique_consecutive(torch.stack((start, end)), dim=1, return_counts=True)
+        stops = sizes.cumsum(0)
+        self.classes = torch.stack((stops - sizes, stops, *pairs)).T.tolist()
+
+    def visit(self, *, positives: bool) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yield rows, columns and similarities of each tile, and a spare tile; the next tile overwrites both.
+
+        A row is not its own positive: where rows meet themselves s is inf, of which softplus(nlse - s) and
+        sigmoid(nlse - s) are 0.
+        """
+        # reused, because allocating each tile costs more than filling it
+        memory = [self.x.new_empty(_ROWS * _COLUMNS) for _ in range(2)]
+        for rows, columns in self._positions(positives):
+            x, y = self.x[rows], self.y[columns]
+            s, spare = (m[: len(x) * len(y)].view(len(x), len(y)) for m in memory)
+            torch.addmm(s, x, y.T, beta=0, alpha=self.scale, out=s)
+            if self._on_diagonal(rows, columns):
                 s.fill_diagonal_(math.inf)
-            g = torch.sub(nlse[rows, None], s, out=scratch.like(s)).sigmoid_().mul_(-pull[rows, None])
-            if symmetric:
-                g.sub_(torch.sub(nlse[columns], s, out=s).sigmoid_().mul_(pull[columns]))
-            self._accumulate(g, rows, columns, x, y, dx, None if diagonal else dy)
-        return dx, None if symmetric else dy
+            yield rows, columns, s, spare
 
-    def _similarity(self, x: Tensor, y: Tensor, buffer: "_Buffer") -> Tensor:
-        out = buffer.take(len(x), len(y))
-        return torch.addmm(out, x, y.T, beta=0, alpha=self.scale, out=out)
+    def _positions(self, positives: bool) -> Iterator[tuple[slice, slice]]:
+        for first, last, start, end in self.classes:
+            if start == end:
+                continue  # without positives the loss is 0, so the negatives do not matter either
+            for rows in _split(first, last, _ROWS):
+                if positives:
+                    if self.symmetric:
+                        yield rows, rows
+                    spans = [(rows.stop if self.symmetric else start, end)]
+                else:
+                    spans = [(end, len(self.y))] if self.symmetric else [(0, start), (end, len(self.y))]
+                for span in spans:
+                    for columns in _split(*span, _COLUMNS):
+                        yield rows, columns
 
-    def _accumulate(
-        self, g: Tensor, rows: slice, columns: slice, x: Tensor, y: Tensor, dx: Tensor, dy: Tensor | None
-    ) -> None:
-        dx[rows].addmm_(g, y[columns], alpha=self.scale)
-        if dy is not None:
-            dy[columns].addmm_(g.T, x[rows], alpha=self.scale)
+    def sides(self, rows: slice, columns: slice, values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the anchors that a tile serves, and their values: its rows, and by symmetry its columns."""
+        yield rows, values
+        if self.symmetric and not self._on_diagonal(rows, columns):
+            yield columns, values.T
 
+    def accumulate(self, g: Tensor, rows: slice, columns: slice, dx: Tensor, dy: Tensor | None) -> None:
+        """Add one tile's part of the gradients; on the diagonal g holds both directions already."""
+        dx[rows].addmm_(g, self.y[columns], alpha=self.scale)
+        if dy is not None and not self._on_diagonal(rows, columns):
+            dy[columns].addmm_(g.T, self.x[rows], alpha=self.scale)
 
-class _Buffer:
-    """Memory for one tile, reused: allocating each tile anew costs more than filling it."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.memory = like.new_empty(_ROWS * _COLUMNS)
-
-    def take(self, rows: int, columns: int) -> Tensor:
-        return self.memory[: rows * columns].view(rows, columns)
-
-    def like(self, tile: Tensor) -> Tensor:
-        return self.take(*tile.shape)
-
-
-def _classes(start: Tensor, end: Tensor) -> _Classes:
-    """Return row and column bounds of each class; classes absent from the columns may be merged."""
-    pairs, sizes = torch.unique_consecutive(torch.stack((start, end)), dim=1, return_counts=True)
-    stops = sizes.cumsum(0)
-    return torch.stack((stops - sizes, stops, *pairs)).T.tolist()
-
-
-def _negative_tiles(classes: _Classes, columns: int, symmetric: bool) -> Iterator[_Tile]:
-    for first, last, start, end in classes:
-        if start == end:
-            continue  # no positives, so negatives do not matter either
-        for rows in _split(first, last, _ROWS):
-            for span in ((end, columns),) if symmetric else ((0, start), (end, columns)):
-                for part in _split(*span, _COLUMNS):
-                    yield rows, part
-
-
-def _positive_tiles(classes: _Classes, symmetric: bool) -> Iterator[tuple[slice, slice, bool]]:
-    for first, last, start, end in classes:
-        for rows in _split(first, last, _ROWS):
-            if symmetric:
-                yield rows, rows, True
-            for part in _split(rows.stop if symmetric else start, end, _COLUMNS):
-                yield rows, part, False
+    def _on_diagonal(self, rows: slice, columns: slice) -> bool:
+        return self.symmetric and rows == columns
 
 
 def _split(first: int, last: int, size: int) -> Iterator[slice]:

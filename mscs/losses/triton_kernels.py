@@ -11,6 +11,8 @@ the rounding error is kept as a second fp16 number, of which three products rest
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -28,11 +30,14 @@ SPLIT, IEEE = tl.constexpr(_SPLIT), tl.constexpr(_IEEE)
 
 
 @triton.jit
-def _load_rows(data, rows, count, size: tl.constexpr, PART: tl.constexpr):
-    """Return (rows, size) of part 0 (rounded rows) or 1 (their rounding errors); zeros past the end."""
-    channels = tl.arange(0, size)
-    offsets = (rows.to(tl.int64) + PART * count)[:, None] * size + channels[None, :]
-    return tl.load(data + offsets, mask=(rows < count)[:, None], other=0.0)
+def _load_rows(data, rows, count, SIZE: tl.constexpr, MODE: tl.constexpr):
+    """Return (rows, SIZE) of rounded numbers and of their rounding errors if kept; zeros past the end."""
+    offsets = rows.to(tl.int64)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    inside = (rows < count)[:, None]
+    rounded = tl.load(data + offsets, mask=inside, other=0.0)
+    if MODE == SPLIT:
+        return rounded, tl.load(data + count.to(tl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    return rounded, rounded
 
 
 @triton.jit
@@ -44,6 +49,37 @@ def _product(a, a_rest, b, b_rest, total, MODE: tl.constexpr):
         total = tl.dot(a_rest, b, total)
         total = tl.dot(a, b_rest, total)
     return tl.dot(a, b, total)
+
+
+@triton.jit
+def _similarity(a, a_rest, b, b_rest, scale, MODE: tl.constexpr):
+    """Return s = scale * a b^T."""
+    zero = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+    return _product(a, a_rest, tl.trans(b), tl.trans(b_rest), zero, MODE) * scale
+
+
+@triton.jit
+def _load_bounds(start, end, rows, own):
+    """Return the bounds of each row's class among the columns, as (rows, 1)."""
+    low = tl.load(start + rows, mask=own, other=0)
+    return low[:, None], tl.load(end + rows, mask=own, other=0)[:, None]
+
+
+@triton.jit
+def _load_statistics(nlse, negative, positive, anchors, inside, AXIS: tl.constexpr):
+    """Return nlse and the weights of negatives and positives with a new axis of length 1 at AXIS."""
+    level = tl.load(nlse + anchors, mask=inside, other=0.0)
+    push = tl.load(negative + anchors, mask=inside, other=0.0)
+    pull = tl.load(positive + anchors, mask=inside, other=0.0)
+    return tl.expand_dims(level, AXIS), tl.expand_dims(push, AXIS), tl.expand_dims(pull, AXIS)
+
+
+@triton.jit
+def _repulsion(s, level, weight, BOUNDED: tl.constexpr):
+    """Return dL/ds of negatives; the weight comes multiplied by 2^-level when BOUNDED."""
+    if BOUNDED:
+        return weight * tl.exp2(s)
+    return weight * tl.exp2(s - tl.where(level == float("-inf"), s, level))
 
 
 @triton.jit
@@ -71,25 +107,21 @@ def _negatives_kernel(
     split = tl.program_id(1)
     rows = first + tl.arange(0, ROWS)
     own = rows < n
-    low = tl.load(start + rows, mask=own, other=0)
-    high = tl.load(end + rows, mask=own, other=0)
+    low, high = _load_bounds(start, end, rows, own)
     # tiles wholly inside the class of every row hold no negative: [before, resume) is left out
     before = tl.cdiv(tl.load(start + tl.minimum(first + ROWS, n) - 1), COLUMNS)
     resume = tl.maximum(tl.load(end + first) // COLUMNS, before)
     tiles = before + tl.cdiv(m, COLUMNS) - resume
-    a = _load_rows(x, rows, n, SIZE, 0)
-    a_rest = _load_rows(x, rows, n, SIZE, 1) if MODE == SPLIT else a
+    a, a_rest = _load_rows(x, rows, n, SIZE, MODE)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     for index in range(split, tiles, tl.num_programs(1)):
         tile = tl.where(index < before, index, index - before + resume)
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        b = _load_rows(y, columns, m, SIZE, 0)
-        b_rest = _load_rows(y, columns, m, SIZE, 1) if MODE == SPLIT else b
-        s = tl.zeros((ROWS, COLUMNS), tl.float32)
-        s = _product(a, a_rest, tl.trans(b), tl.trans(b_rest), s, MODE) * scale
+        b, b_rest = _load_rows(y, columns, m, SIZE, MODE)
+        s = _similarity(a, a_rest, b, b_rest, scale, MODE)
         at = columns[None, :]
-        negative = (at < m) & ((at < low[:, None]) | (at >= high[:, None]))
+        negative = (at < m) & ((at < low) | (at >= high))
         if BOUNDED:
             total += tl.sum(tl.where(negative, tl.exp2(s), 0.0), axis=1)
         else:
@@ -105,7 +137,7 @@ def _negatives_kernel(
 
 @triton.jit(do_not_specialize=_KEEP_SHAPE)
 def _positives_kernel(
-    x, y, start, end, nlse, loss, hits, n, m, scale,
+    x, y, start, end, nlse, softplus_sum, sigmoid_sum, n, m, scale,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr, SELF: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of softplus and sigmoid of nlse - s over this split's positives."""
@@ -113,103 +145,71 @@ def _positives_kernel(
     split = tl.program_id(1)
     rows = first + tl.arange(0, ROWS)
     own = rows < n
-    low = tl.load(start + rows, mask=own, other=0)
-    high = tl.load(end + rows, mask=own, other=0)
+    low, high = _load_bounds(start, end, rows, own)
     level = tl.load(nlse + rows, mask=own, other=0.0)
     begin = tl.load(start + first) // COLUMNS
     stop = tl.cdiv(tl.load(end + tl.minimum(first + ROWS, n) - 1), COLUMNS)
-    a = _load_rows(x, rows, n, SIZE, 0)
-    a_rest = _load_rows(x, rows, n, SIZE, 1) if MODE == SPLIT else a
-    total = tl.zeros((ROWS,), tl.float32)
-    count = tl.zeros((ROWS,), tl.float32)
+    a, a_rest = _load_rows(x, rows, n, SIZE, MODE)
+    softplus = tl.zeros((ROWS,), tl.float32)
+    sigmoid = tl.zeros((ROWS,), tl.float32)
     for tile in range(begin + split, stop, tl.num_programs(1)):
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        b = _load_rows(y, columns, m, SIZE, 0)
-        b_rest = _load_rows(y, columns, m, SIZE, 1) if MODE == SPLIT else b
-        s = tl.zeros((ROWS, COLUMNS), tl.float32)
-        s = _product(a, a_rest, tl.trans(b), tl.trans(b_rest), s, MODE) * scale
+        b, b_rest = _load_rows(y, columns, m, SIZE, MODE)
+        s = _similarity(a, a_rest, b, b_rest, scale, MODE)
         at = columns[None, :]
-        positive = (at >= low[:, None]) & (at < high[:, None])
+        positive = (at >= low) & (at < high)
         if SELF:
             positive = positive & (at != rows[:, None])
         z = tl.where(positive, level[:, None] - s, float("-inf"))
-        total += tl.sum(_softplus(z), axis=1)
-        count += tl.sum(_sigmoid(z), axis=1)
-    tl.store(loss + split * n + rows, total, mask=own)
-    tl.store(hits + split * n + rows, count, mask=own)
+        softplus += tl.sum(_softplus(z), axis=1)
+        sigmoid += tl.sum(_sigmoid(z), axis=1)
+    tl.store(softplus_sum + split * n + rows, softplus, mask=own)
+    tl.store(sigmoid_sum + split * n + rows, sigmoid, mask=own)
 
 
 @triton.jit(do_not_specialize=_KEEP_SHAPE)
 def _gradient_kernel(
-    x, y, start, end, nlse, push, pull, out, n, m, scale,
+    x, y, start, end, nlse, negative, positive, out, n, m, scale,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MODE: tl.constexpr, BOUNDED: tl.constexpr,
     BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """Write H y over this split's columns: out[split, row, channel].
 
     H = G if BY_ROW: the anchors are the rows, whose statistics are given. H = G^T if BY_COLUMN: the anchors
-    are the columns. Both: anchors against themselves, H = G + G^T with a zero diagonal. `push` comes
-    multiplied by 2^-nlse when BOUNDED.
+    are the columns. Both: anchors against themselves, H = G + G^T with a zero diagonal.
     """
     first = tl.program_id(0) * ROWS
     split = tl.program_id(1)
     rows = first + tl.arange(0, ROWS)
     own = rows < n
-    last = tl.minimum(first + ROWS, n) - 1
+    low, high = _load_bounds(start, end, rows, own)
+    begin = tl.load(start + first)
+    stop = tl.load(end + tl.minimum(first + ROWS, n) - 1)
     if BY_ROW:
-        low = tl.load(start + rows, mask=own, other=0)[:, None]
-        high = tl.load(end + rows, mask=own, other=0)[:, None]
-        level = tl.load(nlse + rows, mask=own, other=0.0)[:, None]
-        push_row = tl.load(push + rows, mask=own, other=0.0)[:, None]
-        pull_row = tl.load(pull + rows, mask=own, other=0.0)[:, None]
-        begin = tl.load(start + first)
-        stop = tl.load(end + last)
-    a = _load_rows(x, rows, n, SIZE, 0)
-    a_rest = _load_rows(x, rows, n, SIZE, 1) if MODE == SPLIT else a
+        level, push, pull = _load_statistics(nlse, negative, positive, rows, own, 1)
+    a, a_rest = _load_rows(x, rows, n, SIZE, MODE)
     total = tl.zeros((ROWS, SIZE), tl.float32)
     for tile in range(split, tl.cdiv(m, COLUMNS), tl.num_programs(1)):
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        inside = columns < m
-        b = _load_rows(y, columns, m, SIZE, 0)
-        b_rest = _load_rows(y, columns, m, SIZE, 1) if MODE == SPLIT else b
-        s = tl.zeros((ROWS, COLUMNS), tl.float32)
-        s = _product(a, a_rest, tl.trans(b), tl.trans(b_rest), s, MODE) * scale
-        if BY_COLUMN:
-            level_column = tl.load(nlse + columns, mask=inside, other=0.0)[None, :]
-            push_column = tl.load(push + columns, mask=inside, other=0.0)[None, :]
-            pull_column = tl.load(pull + columns, mask=inside, other=0.0)[None, :]
-        if BY_ROW:
-            same = (columns[None, :] >= low) & (columns[None, :] < high)
-            mixed = (tile * COLUMNS < stop) & (tile * COLUMNS + COLUMNS > begin)
-        else:
-            low = tl.load(start + columns, mask=inside, other=0)[None, :]
-            high = tl.load(end + columns, mask=inside, other=0)[None, :]
-            same = (rows[:, None] >= low) & (rows[:, None] < high)
-            begin = tl.load(start + tile * COLUMNS)
-            stop = tl.load(end + tl.minimum(tile * COLUMNS + COLUMNS, m) - 1)
-            mixed = (first < stop) & (last >= begin)
+        at = columns[None, :]
+        b, b_rest = _load_rows(y, columns, m, SIZE, MODE)
+        s = _similarity(a, a_rest, b, b_rest, scale, MODE)
         h = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if BOUNDED:
-            if BY_ROW:
-                h += push_row
-            if BY_COLUMN:
-                h += push_column
-            h *= tl.exp2(s)
-        else:
-            if BY_ROW:
-                h += push_row * tl.exp2(s - tl.where(level == float("-inf"), s, level))
-            if BY_COLUMN:
-                h += push_column * tl.exp2(s - tl.where(level_column == float("-inf"), s, level_column))
-        if mixed:
+        if BY_ROW:
+            h += _repulsion(s, level, push, BOUNDED)
+        if BY_COLUMN:
+            level_at, push_at, pull_at = _load_statistics(nlse, negative, positive, columns, columns < m, 0)
+            h += _repulsion(s, level_at, push_at, BOUNDED)
+        if (tile * COLUMNS < stop) & (tile * COLUMNS + COLUMNS > begin):
             attraction = tl.zeros((ROWS, COLUMNS), tl.float32)
             if BY_ROW:
-                attraction += pull_row * _sigmoid(level - s)
+                attraction += pull * _sigmoid(level - s)
             if BY_COLUMN:
-                attraction += pull_column * _sigmoid(level_column - s)
-            h = tl.where(same, -attraction, h)
-        keep = inside[None, :] & own[:, None]
+                attraction += pull_at * _sigmoid(level_at - s)
+            h = tl.where((at >= low) & (at < high), -attraction, h)
+        keep = (at < m) & own[:, None]
         if BY_ROW and BY_COLUMN:
-            keep = keep & (columns[None, :] != rows[:, None])
+            keep = keep & (at != rows[:, None])
         h = tl.where(keep, h, 0.0)
         if MODE == IEEE:
             total = _product(h, h, b, b, total, MODE)
@@ -217,13 +217,12 @@ def _gradient_kernel(
             rounded = h.to(tl.float16)
             rest = (h - rounded.to(tl.float32)).to(tl.float16)
             total = _product(rounded, rest, b, b_rest, total, MODE)
-    channels = tl.arange(0, SIZE)
-    offsets = (rows.to(tl.int64) + split * n)[:, None] * SIZE + channels[None, :]
+    offsets = (rows.to(tl.int64) + split * n)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(out + offsets, total, mask=own[:, None])
 
 
-class TritonEngine:
-    """Launches the kernels; see `mscs.losses.contrastive.Engine`.
+class TritonBackend:
+    """Launches the kernels; see `mscs.losses.contrastive.Backend`.
 
     Args:
         temperature: divisor of the dot products.
@@ -251,66 +250,50 @@ class TritonEngine:
     def statistics(
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return per row nlse and the sums over positives of softplus(nlse - s) and sigmoid(nlse - s)."""
+        """Return nlse and both sums over positives."""
         columns = x if y is None else y
-        start, end = start.int(), end.int()
-        grid, tile = self._plan(x, columns, most_splits=8)
-        n, m = x.shape[1], columns.shape[1]
-        scale = self.scale * _LOG2E / self.row_scale**2
-        parts = x.new_empty((3, grid[1], n), dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            _negatives_kernel[grid](
-                x, columns, start, end, parts[0], n, m, scale, BOUNDED=self.bounded, **tile
-            )
-            nlse = (parts[0] / _LOG2E).logsumexp(dim=0)
-            _positives_kernel[grid](
-                x, columns, start, end, nlse * _LOG2E, parts[1], parts[2], n, m, scale, SELF=y is None, **tile
-            )
+        bounds = start.int(), end.int()
+        splits, launch = self._plan(x, columns, most_splits=8)
+        parts = x.new_empty((3, splits, x.shape[1]), dtype=torch.float32)
+        launch(_negatives_kernel, *bounds, parts[0], BOUNDED=self.bounded)
+        nlse = (parts[0] / _LOG2E).logsumexp(dim=0)
+        launch(_positives_kernel, *bounds, nlse * _LOG2E, parts[1], parts[2], SELF=y is None)
         return nlse, parts[1].sum(dim=0) / _LOG2E, parts[2].sum(dim=0)
 
     def gradients(
-        self,
-        x: Tensor,
-        y: Tensor | None,
-        start: Tensor,
-        end: Tensor,
-        nlse: Tensor,
-        push: Tensor,
-        pull: Tensor,
-        need_y: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
+        nlse: Tensor, negative: Tensor, positive: Tensor, need_y: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Return dL/dx and, for a separate y that needs it, dL/dy."""
         # |dL/ds| <= 1/N per row, so the weights scaled by N use fp16's range to the full
         amplify = 1.0 if self.mode == _IEEE else _WEIGHT_BOUND * x.shape[1]
         if self.bounded:
-            push = push * (-nlse.masked_fill(nlse == -math.inf, 0)).exp()
-        given = start.int(), end.int(), nlse * _LOG2E, push * amplify, pull * amplify
-        factor = self.scale / (amplify * self.row_scale)
-        columns = x if y is None else y
-        dx = self._gradient(x, columns, given, factor, by_row=True, by_column=y is None)
-        if y is None or not need_y:
+            negative = negative * (-nlse.masked_fill(nlse == -math.inf, 0)).exp()
+        statistics = nlse * _LOG2E, negative * amplify, positive * amplify
+
+        def gradient(rows: Tensor, columns: Tensor, bounds: tuple[Tensor, Tensor], **flags: bool) -> Tensor:
+            splits, launch = self._plan(rows, columns, most_splits=4)
+            out = rows.new_empty((splits, *rows.shape[1:]), dtype=torch.float32)
+            launch(_gradient_kernel, *bounds, *statistics, out, BOUNDED=self.bounded, **flags)
+            return (out[0] if splits == 1 else out.sum(dim=0)).mul_(self.scale / (amplify * self.row_scale))
+
+        start, end = start.int(), end.int()
+        if y is None:
+            return gradient(x, x, (start, end), BY_ROW=True, BY_COLUMN=True), None
+        dx = gradient(x, y, (start, end), BY_ROW=True, BY_COLUMN=False)
+        if not need_y:
             return dx, None
-        return dx, self._gradient(y, x, given, factor, by_row=False, by_column=True)
+        # the anchors of row j of y are those i with start_i <= j < end_i, and both bounds are sorted
+        index = torch.arange(y.shape[1], dtype=torch.int32, device=y.device)
+        bounds = [torch.searchsorted(ends, index, right=True, out_int32=True) for ends in (end, start)]
+        return dx, gradient(y, x, (bounds[0], bounds[1]), BY_ROW=False, BY_COLUMN=True)
 
-    def _gradient(
-        self, x: Tensor, y: Tensor, given: tuple[Tensor, ...], factor: float, *, by_row: bool, by_column: bool
-    ) -> Tensor:
-        grid, tile = self._plan(x, y, most_splits=4)
-        n, m = x.shape[1], y.shape[1]
-        scale = self.scale * _LOG2E / self.row_scale**2
-        out = x.new_empty((grid[1], n, x.shape[2]), dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            _gradient_kernel[grid](
-                x, y, *given, out, n, m, scale,
-                BOUNDED=self.bounded, BY_ROW=by_row, BY_COLUMN=by_column, **tile,
-            )  # fmt: skip
-        return (out[0] if len(out) == 1 else out.sum(dim=0)).mul_(factor)
-
-    def _plan(self, x: Tensor, y: Tensor, most_splits: int) -> tuple[tuple[int, int], dict[str, int]]:
-        """Return the grid (row blocks, column splits) and the tile settings for this device."""
+    def _plan(self, x: Tensor, y: Tensor, most_splits: int) -> tuple[int, Callable[..., None]]:
+        """Return into how many splits the columns go, and how to run a kernel on x and y in so many."""
         memory, processors = _device(x)
         rows, columns, warps, stages = _tile(x, memory)
-        blocks, tiles = triton.cdiv(x.shape[1], rows), triton.cdiv(y.shape[1], columns)
+        n, m = x.shape[1], y.shape[1]
+        blocks, tiles = triton.cdiv(n, rows), triton.cdiv(m, columns)
 
         def idle(splits: int) -> float:
             """Share of the processors' time without a block, when blocks are handed out in waves."""
@@ -318,14 +301,16 @@ class TritonEngine:
             return round(1 - blocks * splits / (waves * processors), 1)
 
         splits = min(range(1, min(most_splits, tiles) + 1), key=idle)
-        return (blocks, splits), {
-            "SIZE": x.shape[2],
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "MODE": self.mode,
-            "num_warps": warps,
-            "num_stages": stages,
-        }
+        scale = self.scale * _LOG2E / self.row_scale**2
+
+        def launch(kernel: Any, *given: Tensor, **flags: bool) -> None:
+            with torch.cuda.device_of(x):
+                kernel[blocks, splits](
+                    x, y, *given, n, m, scale, SIZE=x.shape[2], ROWS=rows, COLUMNS=columns, MODE=self.mode,
+                    num_warps=warps, num_stages=stages, **flags,
+                )  # fmt: skip
+
+        return splits, launch
 
 
 def _device(x: Tensor) -> tuple[int, int]:

@@ -87,7 +87,7 @@ def test_each_row_of_the_similarity_gradient_sums_to_zero(backend: str, temperat
     ly = torch.arange(12) // 3  # every class is there, so every anchor has positives and negatives
     _, grad = _value_and_grads(
         lambda a: sorted_loss(
-            a, lx, torch.eye(12, dtype=a.dtype), ly,
+            (a, lx), (torch.eye(12, dtype=a.dtype), ly),
             temperature=temperature, unit=True, backend=backend, precision="auto",
         ),
         _unit(x),

@@ -86,7 +86,7 @@ def test_rows_of_the_similarity_gradient_sum_to_zero() -> None:
     x, labels = _case(40, 16, 4, 0)
     x = (x / x.norm(dim=1, keepdim=True)).requires_grad_()
     loss = sorted_loss(
-        x, labels.sort().values, torch.eye(16), torch.arange(16) // 4,
+        (x, labels.sort().values), (torch.eye(16), torch.arange(16) // 4),
         temperature=0.1, unit=True, backend="triton", precision="auto",
     )  # fmt: skip
     (grad,) = torch.autograd.grad(loss, x)
