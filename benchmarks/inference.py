@@ -83,11 +83,11 @@ def measure(predictor, images, multi_scale):
 def measure_run(settings, image_size, arguments, device):
     """Return one row per mode and predictor."""
     apply_machine_settings(settings)
-    classes = label_set(settings.dataset, settings.task).num_classes
+    classes = label_set(settings.data.name, settings.data.task).num_classes
     net = build_network(settings, classes, seed=0, projector=False)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(arguments.images)]
-    modes = ["ss", "ms"] if settings.ms_scales else ["ss"]
+    modes = ["ss", "ms"] if settings.evaluation.multi_scale.ms_scales else ["ss"]
     rows, plain = [], {}
     for name, predictor in predictors(settings, net, device):
         for mode in modes:
@@ -149,7 +149,7 @@ def main():
     for run in arguments.runs:
         profile = "mini" if arguments.quick else "paper"
         settings = params.resolve(run, profile, {"pretrained": False, "deterministic": False}).settings
-        size = settings.image_size or IMAGE_SIZES[settings.dataset]
+        size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
         results += measure_run(settings, size, arguments, device)
         facts = {"machine": machine, "quick": arguments.quick, "images": arguments.images, "results": results}
         name = "inference-quick" if arguments.quick else "inference"

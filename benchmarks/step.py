@@ -56,24 +56,24 @@ def jobs(arguments):
 
     params = load_params(ROOT / "params.yaml")
     seen = set()
-    runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss != "ours")
+    runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss.name != "ours")
     for run in arguments.runs or runs:
         settings = params.resolve(run, arguments.profile).settings
-        kind = (settings.schedule, *((settings.loss, settings.images_per_group) if arguments.runs else ()))
-        if kind in seen or not any(part in settings.schedule for part in arguments.rows):
+        kind = (settings.schedule.name, *((settings.loss.name, settings.schedule.images_per_group) if arguments.runs else ()))
+        if kind in seen or not any(part in settings.schedule.name for part in arguments.rows):
             continue
         seen.add(kind)
         own = {key: getattr(settings, key) for key in PLAIN}
         for name in arguments.variants:
             options = own if name == "settings" else VARIANTS[name]
             yield {
-                "row": settings.schedule,
-                "loss": settings.loss,
+                "row": settings.schedule.name,
+                "loss": settings.loss.name,
                 "run": run,
                 "profile": arguments.profile or params.profile,
                 "variant": name,
                 "options": options,
-                "batch": settings.images_per_group,
+                "batch": settings.schedule.images_per_group,
                 "quick": arguments.quick,
             }
 
@@ -86,9 +86,9 @@ def settings_of(job):
 
     settings = load_params(ROOT / "params.yaml").resolve(job["run"], job["profile"]).settings
     settings = replace(settings, **job["options"], pretrained=False)
-    settings = replace(settings, batch_size=settings.images_per_group, skip_wrong_labels=False)
+    settings = replace(settings, batch_size=settings.schedule.images_per_group, skip_wrong_labels=False)
     if job["quick"]:
-        height, width = (max(64, side // 8 // 32 * 32) for side in settings.crop_size)
+        height, width = (max(64, side // 8 // 32 * 32) for side in settings.schedule.crop_size)
         settings = replace(settings, crop_size=(height, width), scale_range=(0.5, 1.0))
     return settings
 
@@ -107,12 +107,12 @@ def drawn_dataset(settings, job, folder):
     from mscs.datasets import build_dataset
     from mscs.datasets.toy import write_dataset
 
-    size = settings.image_size or IMAGE_SIZES[settings.dataset]
+    size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
     if job["quick"]:
         size = tuple(max(96, side // 4) for side in size)
-    count = max(4, settings.batch_size)
-    write_dataset(settings.dataset, folder, train=count, val=1, image_size=size, progress=False)
-    return build_dataset(settings.dataset, "train", folder, settings.task)
+    count = max(4, settings.schedule.batch_size)
+    write_dataset(settings.data.name, folder, train=count, val=1, image_size=size, progress=False)
+    return build_dataset(settings.data.name, "train", folder, settings.data.task)
 
 
 def measure(job, repeats):
@@ -130,7 +130,7 @@ def measure(job, repeats):
         loader = train_loader(
             dataset,
             build_transform(settings),
-            batch_size=settings.batch_size,
+            batch_size=settings.schedule.batch_size,
             seed=0,
             num_steps=WARM_UP + repeats,
         )
@@ -147,7 +147,7 @@ def measure(job, repeats):
     return {
         "crop": list(batch.images.shape[-2:]),
         "step_ms": 1000 * whole,
-        "images_per_s": settings.batch_size / whole,
+        "images_per_s": settings.schedule.batch_size / whole,
         "contrastive_share": 1 - without / whole,
         "peak_bytes": peak,
         "parts_ms": {name: 1000 * parts[name] for name in PARTS},
@@ -164,22 +164,22 @@ class Step:
         from mscs.optim import build_optimizer
 
         self.settings, self.device = settings, device
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        layout = torch.channels_last if settings.machine.channels_last else torch.contiguous_format
         model = build_network(settings, dataset.num_classes, seed=0).to(device, memory_format=layout)
         self.images = batch.images.to(device).contiguous(memory_format=layout)
         self.labels = batch.labels.to(device)
         self.optimizer = build_optimizer(
             model.named_parameters(),
-            settings.optimizer,
+            settings.schedule.optimizer.name,
             lr=0.0,
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.schedule.weight_decay,
             fused=device.type == "cuda",
         )
-        self.network = torch.compile(model.train()) if settings.compile else model.train()
+        self.network = torch.compile(model.train()) if settings.machine.compile else model.train()
         self.objective = build_objective(settings, dataset, device)
         self.contrastive = self.objective.contrastive
-        dtype = AUTOCAST[settings.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        dtype = AUTOCAST[settings.machine.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.machine.precision == "fp16")
         self.autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
     def loss(self, output):

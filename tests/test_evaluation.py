@@ -96,7 +96,7 @@ def test_two_processes_count_what_one_counts(generated, tmp_path):
 
 def test_mirrored_rows_of_cadis_count_but_are_not_saved(generated):
     settings, dataset, predictor = pieces(CADIS, generated("cadis"))
-    assert settings.score_padding
+    assert settings.evaluation.score_padding
     seen = []
     confusion = evaluate_model(
         predictor,

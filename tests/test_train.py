@@ -471,9 +471,9 @@ def test_every_row_of_every_table_takes_a_step(params, generated, tmp_path, run)
     row = job.history[-1]
     terms = [key for key in row if "scale_" in key]
     assert len(terms) == (
-        len(settings.scale_weights) + len(settings.cross_pairs) if settings.contrastive else 0
+        len(settings.loss.contrastive.scale_weights) + len(settings.loss.contrastive.cross_pairs) if settings.loss.contrastive else 0
     )
-    assert ("aux" in row) == (settings.aux_weight > 0)
+    assert ("aux" in row) == (settings.model.aux_weight > 0)
     assert math.isfinite(row["loss"])
 
 
