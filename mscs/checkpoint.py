@@ -59,8 +59,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and the unfinished files of saves that were killed."""
-    found = sorted(folder.glob("step-*.pt"))
-    for old in found[: len(found) - keep]:
+    for old in sorted(folder.glob("step-*.pt"), reverse=True)[keep:]:
         _remove(old)
     for unfinished in folder.glob(".step-*"):
         unfinished.unlink()
