@@ -150,6 +150,7 @@ def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, m
 
 def test_milder_memory_advice_ends_where_it_is_taken(params):
     taken = {"precision": "bf16", "batch_size": 4, "model_options": {"checkpointing": True}}
+    taken["crop_size"] = [96, 192]
     settings = params.resolve(RUN, "mini", {**taken, "sampling": "all"}).settings
     names = [line.split(":")[0] for line in memory_advice(settings, 4)]
     assert names == ["--set sampling=balanced", "--set crop_size=[64,128]"]
