@@ -54,7 +54,8 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
         )
         weights = trainer.train()
         if world.is_main:
-            files.metrics.unlink(missing_ok=True)  # those of an earlier training, which the rest replaces
+            if files.metrics.exists():  # those of an earlier training, which the rest replaces
+                files.metrics.unlink()
             save_weights(files.weights, weights, _header(settings, seed))
             write_json(files.record, record(**_facts(trainer, files)))
             write_csv(files.losses, trainer.history)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mscs.engine import Snapshot
 from mscs.errors import UsageError
 from mscs.trackers import build_tracker, sample_pictures
+from mscs.train import Snapshot
 from mscs.transforms import normalize
 
 

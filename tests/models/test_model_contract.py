@@ -1,4 +1,4 @@
-"""What every model owes the engine, for every model, kind of backbone and projector position."""
+"""What every model owes the training, for every model, kind of backbone and projector position."""
 
 import copy
 
@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import SMALL
 
-from mscs.engine import freeze_batch_norm
 from mscs.errors import UsageError
 from mscs.models import ModelOutput, build_model, count_parameters
+from mscs.models.sync_batchnorm import freeze_batch_norm
 
 CASES = [(case, position) for case, (*_, positions) in SMALL.items() for position in (None, *positions)]
 CLASSES = 5
