@@ -25,9 +25,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mscs import build  # noqa: E402
 from mscs.datasets import label_set  # noqa: E402
-from mscs.engine import apply_machine_settings, build_network  # noqa: E402
-from mscs.evaluation import build_protocol  # noqa: E402
 from mscs.inference import Predictor  # noqa: E402
 from mscs.params import load_params  # noqa: E402
 from mscs.results import write_json, write_text  # noqa: E402
@@ -61,7 +60,7 @@ class PlainLoop(torch.nn.Module):
 
 def predictors(settings, net, device):
     """Yield (name, predictor); what came before is not used after the next is asked for."""
-    protocol = build_protocol(settings)
+    protocol = build.protocol(settings)
     yield "plain loop", Predictor(PlainLoop(net), protocol, device=device, max_batch=1)
     ours = net.to(memory_format=torch.channels_last)
     yield "ours fp32", Predictor(ours, protocol, device=device, channels_last=True)
@@ -82,15 +81,14 @@ def measure(predictor, images, multi_scale):
 
 def measure_run(settings, image_size, arguments, device):
     """Return one row per mode and predictor."""
-    apply_machine_settings(settings)
-    classes = label_set(settings.dataset, settings.task).num_classes
-    net = build_network(settings, classes, seed=0, projector=False)
+    build.apply_machine_settings(settings)
+    classes = label_set(settings.data.name, settings.data.task).num_classes
+    net = build.network(settings, classes, seed=0, projector=False)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(arguments.images)]
-    modes = ["ss", "ms"] if settings.ms_scales else ["ss"]
     rows, plain = [], {}
     for name, predictor in predictors(settings, net, device):
-        for mode in modes:
+        for mode in settings.evaluation.modes:
             seconds, answers = measure(predictor, images, mode == "ms")
             base, expected = plain.setdefault(mode, (seconds, answers))
             rows.append(
@@ -148,8 +146,10 @@ def main():
     results = []
     for run in arguments.runs:
         profile = "mini" if arguments.quick else "paper"
-        settings = params.resolve(run, profile, {"pretrained": False, "deterministic": False}).settings
-        size = settings.image_size or IMAGE_SIZES[settings.dataset]
+        modes = ["ss", "ms"] if params.resolve(run, profile).values["ms_scales"] else ["ss"]
+        overrides = {"pretrained": False, "deterministic": False, "evaluation": modes}
+        settings = params.resolve(run, profile, overrides).settings
+        size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
         results += measure_run(settings, size, arguments, device)
         facts = {"machine": machine, "quick": arguments.quick, "images": arguments.images, "results": results}
         name = "inference-quick" if arguments.quick else "inference"

@@ -56,41 +56,42 @@ def jobs(arguments):
 
     params = load_params(ROOT / "params.yaml")
     seen = set()
-    runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss != "ours")
+    runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss.name != "ours")
     for run in arguments.runs or runs:
         settings = params.resolve(run, arguments.profile).settings
-        kind = (settings.schedule, *((settings.loss, settings.images_per_group) if arguments.runs else ()))
-        if kind in seen or not any(part in settings.schedule for part in arguments.rows):
+        row, loss, images = settings.schedule.name, settings.loss.name, settings.schedule.images_per_group
+        kind = (row, loss, images) if arguments.runs else (row,)
+        if kind in seen or not any(part in row for part in arguments.rows):
             continue
         seen.add(kind)
-        own = {key: getattr(settings, key) for key in PLAIN}
+        own = {key: getattr(settings.machine, key) for key in PLAIN}
         for name in arguments.variants:
             options = own if name == "settings" else VARIANTS[name]
             yield {
-                "row": settings.schedule,
-                "loss": settings.loss,
+                "row": row,
+                "loss": loss,
                 "run": run,
                 "profile": arguments.profile or params.profile,
                 "variant": name,
                 "options": options,
-                "batch": settings.images_per_group,
+                "batch": images,
                 "quick": arguments.quick,
             }
 
 
 def settings_of(job):
-    """Return the settings of a job: one group of images, no pretrained weights, drawn data."""
-    from dataclasses import replace
-
+    """Return the settings of a job: one group of images, no pretrained weights, drawn data, no learning."""
     from mscs.params import load_params
 
-    settings = load_params(ROOT / "params.yaml").resolve(job["run"], job["profile"]).settings
-    settings = replace(settings, **job["options"], pretrained=False)
-    settings = replace(settings, batch_size=settings.images_per_group, skip_wrong_labels=False)
+    params = load_params(ROOT / "params.yaml")
+    schedule = params.resolve(job["run"], job["profile"]).settings.schedule
+    overrides = {**job["options"], "pretrained": False, "skip_wrong_labels": False, "lr": 0.0}
+    overrides |= {"batch_size": schedule.images_per_group, "images_per_group": schedule.images_per_group}
+    overrides["accumulation_steps"] = 1
     if job["quick"]:
-        height, width = (max(64, side // 8 // 32 * 32) for side in settings.crop_size)
-        settings = replace(settings, crop_size=(height, width), scale_range=(0.5, 1.0))
-    return settings
+        sides = [max(64, side // 8 // 32 * 32) for side in schedule.crop_size]
+        overrides |= {"crop_size": sides, "scale_range": [0.5, 1.0]}
+    return params.resolve(job["run"], job["profile"], overrides).settings
 
 
 IMAGE_SIZES = {
@@ -107,30 +108,31 @@ def drawn_dataset(settings, job, folder):
     from mscs.datasets import build_dataset
     from mscs.datasets.toy import write_dataset
 
-    size = settings.image_size or IMAGE_SIZES[settings.dataset]
+    size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
     if job["quick"]:
         size = tuple(max(96, side // 4) for side in size)
-    count = max(4, settings.batch_size)
-    write_dataset(settings.dataset, folder, train=count, val=1, image_size=size, progress=False)
-    return build_dataset(settings.dataset, "train", folder, settings.task)
+    count = max(4, settings.schedule.batch_size)
+    write_dataset(settings.data.name, folder, train=count, val=1, image_size=size, progress=False)
+    return build_dataset(settings.data.name, "train", folder, settings.data.task)
 
 
 def measure(job, repeats):
     """Return the measurements of one job."""
     import torch
 
-    from mscs.engine import apply_machine_settings, build_transform, peak_bytes
+    from mscs import build
     from mscs.loader import train_loader
+    from mscs.monitor import peak_bytes
 
     settings = settings_of(job)
-    apply_machine_settings(settings)
+    build.apply_machine_settings(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         dataset = drawn_dataset(settings, job, Path(folder))
         loader = train_loader(
             dataset,
-            build_transform(settings),
-            batch_size=settings.batch_size,
+            build.train_transform(settings),
+            batch_size=settings.schedule.batch_size,
             seed=0,
             num_steps=WARM_UP + repeats,
         )
@@ -147,7 +149,7 @@ def measure(job, repeats):
     return {
         "crop": list(batch.images.shape[-2:]),
         "step_ms": 1000 * whole,
-        "images_per_s": settings.batch_size / whole,
+        "images_per_s": settings.schedule.batch_size / whole,
         "contrastive_share": 1 - without / whole,
         "peak_bytes": peak,
         "parts_ms": {name: 1000 * parts[name] for name in PARTS},
@@ -155,32 +157,30 @@ def measure(job, repeats):
 
 
 class Step:
-    """The step of `mscs.engine.Trainer` on one batch that stays on the device."""
+    """The step of `mscs.train.Trainer` on one batch that stays on the device."""
 
     def __init__(self, settings, dataset, batch, device):
         import torch
 
-        from mscs.engine import AUTOCAST, build_network, build_objective
-        from mscs.optim import build_optimizer
+        from mscs import build
 
-        self.settings, self.device = settings, device
-        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        model = build_network(settings, dataset.num_classes, seed=0).to(device, memory_format=layout)
-        self.images = batch.images.to(device).contiguous(memory_format=layout)
+        self.device = device
+        model = build.network(settings, dataset.num_classes, seed=0).to(device)
+        self.images = batch.images.to(device).contiguous(memory_format=build.memory_format_of(settings))
         self.labels = batch.labels.to(device)
-        self.optimizer = build_optimizer(
-            model.named_parameters(),
-            settings.optimizer,
-            lr=0.0,
-            weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
-        )
-        self.network = torch.compile(model.train()) if settings.compile else model.train()
-        self.objective = build_objective(settings, dataset, device)
-        self.contrastive = self.objective.contrastive
-        dtype = AUTOCAST[settings.precision]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+        self.optimizer = build.optimizer(settings, model, fused=device.type == "cuda")
+        self.network = torch.compile(model.train()) if settings.machine.compile else model.train()
+        self.objective = build.objective(settings, dataset.class_weights).to(device)
+        self.contrastive = self.objective.on_embeddings
+        dtype = build.AUTOCAST[settings.machine.precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.machine.precision == "fp16")
         self.autocast = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def use(self, losses):
+        """Use these losses on the embeddings."""
+        from torch import nn
+
+        self.objective.on_embeddings = nn.ModuleList(losses)
 
     def loss(self, output):
         from mscs.seeding import torch_generator
@@ -188,7 +188,7 @@ class Step:
         return self.objective(output, self.labels, [torch_generator(0, "anchors")])[0]
 
     def update(self):
-        from mscs.engine import gradient_norm
+        from mscs.optim import gradient_norm
 
         self.scaler.unscale_(self.optimizer)
         gradient_norm(self.network)
@@ -204,7 +204,7 @@ class Step:
 
     def time(self, repeats, contrastive=True):
         """Return the median seconds of a step that is never waited for inside."""
-        self.objective.contrastive = self.contrastive if contrastive else None
+        self.use(self.contrastive if contrastive else ())
         seconds = []
         for _ in range(WARM_UP + repeats):
             begun = self.wait()
@@ -214,7 +214,7 @@ class Step:
             self.scaler.scale(total).backward()
             self.update()
             seconds.append(self.wait() - begun)
-        self.objective.contrastive = self.contrastive
+        self.use(self.contrastive)
         return statistics.median(seconds[WARM_UP:])
 
     def parts(self, repeats):
@@ -225,10 +225,10 @@ class Step:
             with self.autocast():
                 output = self.network(self.images)
                 marks.append(self.wait())
-                self.objective.contrastive = None
+                self.use(())
                 self.loss(output)
                 marks.append(self.wait())
-                self.objective.contrastive = self.contrastive
+                self.use(self.contrastive)
                 total = self.loss(output)
             marks.append(self.wait())
             self.optimizer.zero_grad(set_to_none=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mscs.checkpoint import read_weights
 from mscs.datasets import Dataset, build_dataset
+from mscs.errors import MscsError
 from mscs.inference import Predictor, Protocol
 from mscs.losses import MultiScaleContrastiveLoss
 from mscs.losses.objective import ContrastiveTerms, EmbeddingLoss, Objective
@@ -157,6 +158,10 @@ def trained_network(settings: Settings, num_classes: int, weights: Path) -> Segm
     """Build the model without projectors and load trained weights, strictly."""
     model = network(settings, num_classes, seed=None, projector=False)
     tensors: dict[str, Tensor] = read_weights(weights)[0]
+    own = model.state_dict()
+    for name in own.keys() & tensors.keys():
+        if own[name].is_floating_point() != tensors[name].is_floating_point():
+            raise MscsError(f"weights {weights}: {name} is {tensors[name].dtype}, not {own[name].dtype}")
     load_strictly(model, {k: v for k, v in tensors.items() if not k.startswith("projectors.")})
     return model
 

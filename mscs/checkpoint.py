@@ -59,8 +59,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
 
 def prune(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and the unfinished files of saves that were killed."""
-    found = sorted(folder.glob("step-*.pt"))
-    for old in found[: len(found) - keep]:
+    for old in sorted(folder.glob("step-*.pt"), reverse=True)[keep:]:
         _remove(old)
     for unfinished in folder.glob(".step-*"):
         unfinished.unlink()
@@ -93,22 +92,22 @@ def load_checkpoint(
         except Exception as error:
             warnings.warn(f"checkpoint {path} is damaged ({error}); trying the one before", stacklevel=2)
             continue
-        changes = differences(before, settings)
-        if changes == differences(before, settings, "numerics") and accept_changed:
-            changes = ""
-        if changes:
-            remedy = ", --accept-changed to go on with the code as it is now" if "numerics" in changes else ""
+        changed = [key for key, value in settings.items() if value != before.get(key)]
+        only_code = changed == ["numerics"]
+        if changed and not (only_code and accept_changed):
+            remedy = ", --accept-changed to go on with the code as it is now" if only_code else ""
             raise UsageError(
-                f"{path} was written under other settings ({changes}); use --fresh to start again{remedy}"
+                f"{path} was written under other settings ({differences(before, settings)}); use --fresh to "
+                f"start again{remedy}"
             )
         return step, state
     return None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *keys: str) -> str:
-    """Return how settings (all, or those named) have changed since `before`: "key: old -> new, ..."."""
-    changed = [key for key in keys or now if now[key] != before.get(key)]
-    return ", ".join(f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in changed)
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return how settings have changed since `before`: "key: old -> new, ..."."""
+    pairs = [(key, before.get(key), value) for key, value in now.items()]
+    return ", ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in pairs if old != new)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from mscs.datasets.spec import GENERATED
 from mscs.errors import UsageError
 from mscs.numerics import check_packages
 from mscs.paths import SeedFiles, data_root
-from mscs.results import read_json
+from mscs.results import read_mapping
 from mscs.settings import Data, Settings
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def require_data(settings: Settings, root: Path) -> None:
             )
         _draw(data, root)
     marker = root / GENERATED
-    made: dict[str, Any] | None = read_json(marker) if marker.is_file() else None
+    made = read_mapping(marker) if marker.is_file() else None
     if (made is not None) != (data.source == "generated"):
         kind = "generated scenes" if made else "a real dataset"
         raise UsageError(
@@ -181,9 +181,10 @@ def require_data(settings: Settings, root: Path) -> None:
     asked = {"train": data.train_images, "val": data.val_images, "image_size": data.image_size}
     for key, value in asked.items():
         wanted = list(value) if isinstance(value, tuple) else value
-        if made[key] != wanted:
+        found = made.get(key)
+        if found != wanted:
             raise UsageError(
-                f"{root} was generated with {key} {made[key]}, the settings of {settings.run} say {wanted}; "
+                f"{root} was generated with {key} {found}, the settings of {settings.run} say {wanted}; "
                 f"make it anew with `python -m reproduce run {data.name}`, or name a folder with --data-root"
             )
 

@@ -89,6 +89,14 @@ def read_json(path: str | Path) -> Any:
         raise MscsError(f"{path} is not valid JSON: {error}") from None
 
 
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; anything else is an MscsError naming it."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise MscsError(f"{path} holds no JSON object")
+    return value
+
+
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows as CSV atomically; the columns are those of all rows, in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -18,7 +18,7 @@ from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
 from mscs.provenance import record, utc
-from mscs.results import read_json, write_csv, write_json
+from mscs.results import read_json, read_mapping, write_csv, write_json
 from mscs.settings import Settings
 from mscs.train import Trainer
 
@@ -54,6 +54,8 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
         )
         weights = trainer.train()
         if world.is_main:
+            if files.metrics.exists():  # those of an earlier training, which the rest replaces
+                files.metrics.unlink()
             save_weights(files.weights, weights, _header(settings, seed))
             write_json(files.record, record(**_facts(trainer, files)))
             write_csv(files.losses, trainer.history)
@@ -91,10 +93,11 @@ def evaluate_seed(
     )
     if checkpoint is None:
         record["digest"] = settings.digest()
-        remove_checkpoints(checkpoint_folder(settings, seed), world)
     if world.is_main:
         write_json(folder / "evaluation.json", record)
         write_json(folder / "confusion.json", {name: nonzero(m) for name, m in matrices.items()})
+    if checkpoint is None:
+        remove_checkpoints(checkpoint_folder(settings, seed), world)
     return record
 
 
@@ -130,7 +133,7 @@ def check_weights(settings: Settings, seed: int, files: SeedFiles) -> None:
             f"{files.weights} holds weights of other settings, another seed or another version of the code; "
             f"{retrain}"
         )
-    if files.record.exists() and read_json(files.record).get("weights") != file_digest(files.weights):
+    if files.record.exists() and read_mapping(files.record).get("weights") != file_digest(files.weights):
         raise MscsError(
             f"{files.weights} is not the file that {files.record} tells of (damaged or exchanged); {retrain}"
         )

@@ -39,6 +39,26 @@ def params():
 
 
 @pytest.fixture(scope="session")
+def new_project():
+    """Return a function that makes a folder with the project's settings, ready to train in."""
+
+    def make(folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        for name in ("params.yaml", "numerics.yaml"):
+            shutil.copy(ROOT / name, folder / name)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def project(new_project, tmp_path, monkeypatch):
+    """Return an empty project of its own, which is the current folder."""
+    monkeypatch.chdir(new_project(tmp_path / "project"))
+    return Path.cwd()
+
+
+@pytest.fixture(scope="session")
 def copy_project(tmp_path_factory):
     """Return a function that commits a copy of the project's files to a repository of its own.
 

@@ -1,9 +1,11 @@
+import hashlib
+
 import pytest
 import torch
 
 from mscs.checkpoint import KEPT, load_checkpoint, lock, read_weights, save_checkpoint, save_weights
 from mscs.errors import MscsError, UsageError
-from mscs.results import write_json, write_text
+from mscs.results import read_json, write_json, write_text
 
 
 def test_the_last_two_are_kept_and_the_newest_comes_back(tmp_path):
@@ -50,12 +52,61 @@ def test_other_settings_are_refused_with_the_differing_keys(tmp_path):
         load_checkpoint(tmp_path, {"lr": 0.2, "steps": 40})
 
 
+def test_another_version_of_the_code_is_refused_unless_accepted(tmp_path):
+    before = {"lr": 0.1, "numerics": {"optimizer": 1}}
+    now = {"lr": 0.1, "numerics": {"optimizer": 2}}
+    save_checkpoint(tmp_path, 5, {"weight": torch.ones(1)}, before)
+    with pytest.raises(UsageError, match=r"numerics: .*--fresh .*--accept-changed"):
+        load_checkpoint(tmp_path, now)
+    step, state = load_checkpoint(tmp_path, now, accept_changed=True)
+    assert (step, state) == (5, {"weight": torch.ones(1)})
+    with pytest.raises(UsageError, match=r"lr: 0\.1 -> 0\.2"):
+        load_checkpoint(tmp_path, {**now, "lr": 0.2}, accept_changed=True)
+
+
+def test_what_stands_beside_a_checkpoint_is_not_believed(tmp_path):
+    save_checkpoint(tmp_path, 5, {}, {"lr": 0.1})
+    note = tmp_path / "step-00000005.json"
+    write_json(note, {**read_json(note), "step": 40, "settings": {"lr": 0.2}})
+    assert load_checkpoint(tmp_path, {"lr": 0.1}) == (5, {})
+
+
+@pytest.mark.parametrize("missing", ["sha256", "step", "settings"])
+def test_a_missing_key_is_one_line_and_the_checkpoint_before_is_used(tmp_path, missing):
+    for step in (10, 20):
+        save_checkpoint(tmp_path, step, {}, {"lr": 0.1})
+    path = tmp_path / "step-00000020.pt"
+    note = path.with_suffix(".json")
+    facts = read_json(note)
+    if missing == "sha256":
+        del facts["sha256"]
+    else:
+        content = torch.load(path, weights_only=True)
+        del content[missing]
+        torch.save(content, path)
+        facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    write_json(note, facts)
+    with pytest.warns(UserWarning, match=f"00000020.pt is damaged .*{missing}") as caught:
+        assert load_checkpoint(tmp_path, {"lr": 0.1}) == (10, {})
+    assert "\n" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    save_weights(tmp_path / "w.safetensors", {"a": torch.ones(2), "b": torch.tensor([1.0, value])}, {})
+    with pytest.raises(MscsError, match=r"w\.safetensors: b holds values that are not finite"):
+        read_weights(tmp_path / "w.safetensors")
+
+
 def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path, {}) is None
 
 
 def test_a_second_trainer_is_refused(tmp_path):
-    with lock(tmp_path), pytest.raises(UsageError, match="another process"), lock(tmp_path):
+    path = tmp_path / "seed-0.lock"
+    with lock(path), pytest.raises(UsageError, match="another process"), lock(path):
+        pass
+    with lock(path), lock(tmp_path / "seed-1.lock"):
         pass
 
 

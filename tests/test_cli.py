@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,16 +13,9 @@ from mscs import provenance
 from mscs.checkpoint import save_weights
 from mscs.cli import main
 
-ROOT = Path(__file__).parent.parent
 RUN = "cityscapes-hrnet-hr48-ce-b8-40k"
-SMALL = ["--set=steps=1", "--set=crop_size=[64, 96]", "--set=threads=1", "--set=log_every=1"]
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+DATA = ["--set=train_images=8", "--set=val_images=3", "--set=image_size=[64, 96]"]
+SMALL = [*DATA, "--set=steps=1", "--set=crop_size=[64, 96]", "--set=threads=1", "--set=log_every=1"]
 
 
 def test_runs_and_show_print_json(project, capsys):
@@ -74,6 +66,7 @@ def test_train_then_evaluate_then_score_again(project, generated, capsys):
     assert main(["evaluate", RUN, "--data-root", root, *SMALL]) == 0
     (folder,) = (project / "results/mini/runs").iterdir()
     assert folder.name.startswith(f"{RUN}+"), "changed settings get a folder of their own"
+    folder /= "seed-0"
     record = json.loads((folder / "evaluation.json").read_text())
     assert record["ss"]["n"] == 1
     assert 0 <= record["ss"]["miou"] <= 100
@@ -107,7 +100,7 @@ def test_a_results_file_in_the_way_is_a_clear_error(project, generated, capsys):
 
 
 def test_evaluating_an_untrained_run_says_so(project, generated, capsys):
-    assert main(["evaluate", RUN, "--data-root", str(generated("cityscapes"))]) == 2
+    assert main(["evaluate", RUN, "--data-root", str(generated("cityscapes")), *DATA]) == 2
     assert "train the run first" in capsys.readouterr().err
 
 
@@ -121,11 +114,14 @@ def test_the_installed_command_answers(project):
 def test_weights_of_another_network_are_refused_in_few_words(project, generated, capsys):
     save_weights(project / "w.safetensors", {"a": torch.ones(1)}, {})
     root = str(generated("cityscapes"))
-    assert main(["evaluate", RUN, "--data-root", root, "--checkpoint", "w.safetensors"]) == 2
+    assert main(["evaluate", RUN, "--data-root", root, *DATA, "--checkpoint", "w.safetensors"]) == 2
     assert "does not fit HRNet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["3", "{", f'{{"{RUN}": 3}}', f'{{"{RUN}": {{"a": 3}}}}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    ["3", "{", "{}", '{"runs": 3}', f'{{"runs": {{"{RUN}": 3}}}}', f'{{"runs": {{"{RUN}": {{"a": 3}}}}}}'],
+)
 def test_a_file_without_resolved_settings_is_named(project, capsys, text):
     (project / "resolved.json").write_text(text)
     assert main(["train", RUN, "--settings", "resolved.json"]) == 2
@@ -136,6 +132,55 @@ def test_a_file_without_resolved_settings_is_named(project, capsys, text):
 def test_impossible_numbers_of_processes_are_refused_at_once(project, capsys, arguments):
     assert main(["train", RUN, *arguments]) == 2
     assert "accepted are" in capsys.readouterr().err
+
+
+def test_a_seed_that_the_run_does_not_have_is_refused(project, capsys):
+    assert main(["train", RUN, "--seed", "7"]) == 2
+    assert "the seeds of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ("image_size=[64, 64]", "was generated with image_size [64, 96], the settings"),
+        ("train_images=9", "was generated with train 8, the settings"),
+        ("val_images=9", "was generated with val 3, the settings"),
+        ("data_source=real", "holds generated scenes, the settings"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_generated_data_that_is_not_what_the_settings_say_is_refused(
+    project, generated, capsys, command, changed, words
+):
+    root = str(generated("cityscapes"))
+    assert main([command, RUN, "--data-root", root, *SMALL, "--set", changed]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (project / "results").exists()
+
+
+@pytest.mark.parametrize("marker", ["[]", "{", "{}"])
+def test_a_broken_marker_of_generated_data_is_one_line(project, capsys, marker):
+    (project / "data").mkdir()
+    (project / "data" / "generated.json").write_text(marker)
+    assert main(["train", RUN, "--data-root", "data", *SMALL]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_real_data_is_refused_where_the_settings_say_generated(project, capsys):
+    (project / "data").mkdir()
+    assert main(["train", RUN, "--data-root", "data", *SMALL]) == 2
+    assert "holds a real dataset, the settings" in capsys.readouterr().err
+
+
+def test_random_weights_in_profile_paper_must_be_asked_for_by_name(project, capsys):
+    path = project / "params.yaml"
+    path.write_text(path.read_text().replace("pretrained: true", "pretrained: false"))
+    assert main(["train", RUN, "--profile", "paper"]) == 2
+    assert "--set pretrained=false" in capsys.readouterr().err
+    assert main(["train", RUN, "--profile", "paper", "--set", "pretrained=false"]) == 2
+    assert "no dataset" in capsys.readouterr().err
 
 
 def test_a_restarted_process_does_not_start_afresh_again(project, generated, capsys, monkeypatch):

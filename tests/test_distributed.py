@@ -14,33 +14,29 @@ import torch
 from mscs.distributed import World, is_lost_peer
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
+DATA = {"image_size": [64, 96], "train_images": 8, "val_images": 3}  # what `generated` draws
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 # float64, so that the order of sums is all that may differ; no dropout and no drop-path, whose masks differ
 SCRIPT = """
 import sys, torch
 from pathlib import Path
+from mscs import build
 from mscs.distributed import join_world
-from mscs.engine import Trainer, apply_machine_settings, open_dataset
 from mscs.params import load_params
-
-class Double(Trainer):
-    def _to_device(self, batch):
-        images, labels = super()._to_device(batch)
-        return images.double(), labels
+from mscs.train import Trainer
 
 run, root, folder = sys.argv[1:4]
-torch.set_default_dtype(torch.float64)
 params = load_params()
 options = {"head_channels": 16, "projector_channels": 16} if "hrnet" in run else {
     "channels": 16, "aux_channels": 8, "dropout": 0.0, "drop_path_rate": 0.0, "projector_channels": 16}
 settings = params.resolve(run, "mini", {
     "steps": 12, "log_every": 1, "batch_size": 8, "threads": 1, "crop_size": [64, 64], "image_size": [64, 96],
-    "lr": 0.001, "model_options": {**params.resolve(run, "mini").settings.model_options, **options}}).settings
-apply_machine_settings(settings)
+    "lr": 0.001, "precision": "fp64", "model_options": options}).settings
+build.apply_machine_settings(settings)
 with join_world("cpu") as world:
     folder = Path(folder) / str(world.size)
-    job = Double(settings, 0, world, open_dataset(settings, "train", Path(root)), folder)
+    job = Trainer(settings, 0, world, build.open_dataset(settings, "train", Path(root)), folder)
     weights = job.train()
     if world.is_main:
         torch.save({"weights": weights, "history": job.history, "sessions": job.sessions}, folder / "end.pt")
@@ -71,7 +67,7 @@ def test_one_two_and_four_processes_train_the_same_model(generated, tmp_path, ru
 
 def command(root, steps=20, **overrides):
     """Return the arguments of a small training as a command."""
-    small = {"log_every": 1, "threads": 1, "crop_size": [64, 96], "image_size": [64, 96], "batch_size": 4}
+    small = {"log_every": 1, "threads": 1, "crop_size": [64, 96], "batch_size": 4, **DATA}
     settings = {**small, "steps": steps, "checkpoint_every": 3, **overrides}
     return [
         "-m",
@@ -85,10 +81,11 @@ def command(root, steps=20, **overrides):
     ]
 
 
-def options(folder):
-    folder.mkdir()
-    (folder / "params.yaml").write_bytes(Path("params.yaml").read_bytes())
-    return {"cwd": folder, "env": {**os.environ, "PYTHONPATH": os.getcwd()}, "text": True}
+@pytest.fixture
+def options(new_project):
+    """Return a function that makes a project of its own and gives the options of a command in it."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return lambda folder: {"cwd": new_project(folder), "env": environment, "text": True}
 
 
 def weights(folder):
@@ -107,7 +104,7 @@ def children_of(parent):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(generated, tmp_path):
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(generated, tmp_path, options):
     train = [sys.executable, *command(generated("cityscapes")), "--processes=2", "--restarts=1"]
     undisturbed = subprocess.run(train, **options(tmp_path / "whole"), capture_output=True, check=False)
     assert undisturbed.returncode == 0, undisturbed.stderr[-2000:]
@@ -128,7 +125,7 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(generated, tmp
 
 
 @pytest.mark.slow
-def test_two_nodes_train_what_one_does(generated, tmp_path):
+def test_two_nodes_train_what_one_does(generated, tmp_path, options):
     train = command(generated("cityscapes"), steps=4)
     one = subprocess.run(
         [*TORCHRUN, "--standalone", "--nproc-per-node=2", *train],
@@ -155,14 +152,14 @@ def test_two_nodes_train_what_one_does(generated, tmp_path):
 
 
 @pytest.mark.slow
-def test_three_processes_are_refused(generated, tmp_path):
+def test_three_processes_are_refused(generated, tmp_path, options):
     where = options(tmp_path / "run")
-    where["env"] |= {"WORLD_SIZE": "3", "RANK": "0"}
+    where["env"] = {**where["env"], "WORLD_SIZE": "3", "RANK": "0"}
     done = subprocess.run(
         [sys.executable, *command(generated("cityscapes"))], **where, capture_output=True, check=False
     )
     assert done.returncode == 2
-    assert "use 1, 2 or 4" in done.stderr
+    assert "3 processes cannot share a batch of 4 groups" in done.stderr
 
 
 def test_a_single_process_agrees_with_itself():

@@ -1,6 +1,5 @@
 import contextlib
 import io
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from mscs.engine import build_network, open_dataset
 from torch import nn
 
+from mscs import build
+from mscs.checkpoint import save_weights
 from mscs.cli import main
 from mscs.distributed import World
-from mscs.evaluation import build_protocol, evaluate_model, evaluate_run, scored_label
+from mscs.evaluation import count_pixels, evaluate_weights, scored_label
 from mscs.inference import Predictor
 from mscs.metrics import scores
 from mscs.models import ModelOutput
@@ -40,8 +40,8 @@ class ColourRule(nn.Module):
 
 def pieces(run, root):
     settings = load_params(ROOT / "params.yaml").resolve(run, "mini").settings
-    dataset = open_dataset(settings, "val", root)
-    return settings, dataset, Predictor(ColourRule(dataset.num_classes), build_protocol(settings))
+    dataset = build.open_dataset(settings, "val", root)
+    return settings, dataset, Predictor(ColourRule(dataset.num_classes), build.protocol(settings))
 
 
 def world(rank=0, size=1):
@@ -54,7 +54,7 @@ def test_the_scores_are_those_of_the_official_cityscapes_evaluation(generated, t
     settings, dataset, predictor = pieces(CITYSCAPES, root)
     save = prediction_saver(tmp_path)
 
-    confusion = evaluate_model(
+    confusion = count_pixels(
         predictor,
         dataset,
         settings,
@@ -79,7 +79,7 @@ def test_the_scores_are_those_of_the_official_cityscapes_evaluation(generated, t
 def one_of_two(rank, folder, root):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     settings, dataset, predictor = pieces(CITYSCAPES, root)
-    confusion = evaluate_model(predictor, dataset, settings, world(rank, 2), multi_scale=True)
+    confusion = count_pixels(predictor, dataset, settings, world(rank, 2), multi_scale=True)
     torch.save(confusion, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -88,7 +88,7 @@ def test_two_processes_count_what_one_counts(generated, tmp_path):
     root = generated("cityscapes")
     mp.spawn(one_of_two, (str(tmp_path), root), nprocs=2)
     settings, dataset, predictor = pieces(CITYSCAPES, root)
-    alone = evaluate_model(predictor, dataset, settings, world(), multi_scale=True)
+    alone = count_pixels(predictor, dataset, settings, world(), multi_scale=True)
     assert alone.dtype == torch.int64
     for rank in (0, 1):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone)
@@ -96,9 +96,9 @@ def test_two_processes_count_what_one_counts(generated, tmp_path):
 
 def test_mirrored_rows_of_cadis_count_but_are_not_saved(generated):
     settings, dataset, predictor = pieces(CADIS, generated("cadis"))
-    assert settings.score_padding
+    assert settings.evaluation.score_padding
     seen = []
-    confusion = evaluate_model(
+    confusion = count_pixels(
         predictor,
         dataset,
         settings,
@@ -125,10 +125,9 @@ def test_mirrored_rows_of_cadis_count_but_are_not_saved(generated):
     ],
 )
 def test_scores_are_resized_with_the_flag_of_the_run_s_network(run, recipe, expected):
-    settings = load_params(ROOT / "params.yaml").resolve(run, "mini", {"recipe": recipe}).settings
-    predictor = Predictor(
-        build_network(settings, 5, seed=0), build_protocol(replace(settings, short_side=48))
-    )
+    overrides = {"recipe": recipe, "short_side": 48}
+    settings = load_params(ROOT / "params.yaml").resolve(run, "mini", overrides).settings
+    predictor = Predictor(build.network(settings, 5, seed=0), build.protocol(settings))
     small = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     shown, inner = predictor._fit(small)
     logits = predictor._logits(normalize(shown)[None])[:, :, : inner[0], : inner[1]].detach()
@@ -136,53 +135,30 @@ def test_scores_are_resized_with_the_flag_of_the_run_s_network(run, recipe, expe
     assert torch.equal(predictor.scores(small), resized[0])
 
 
-def test_a_run_is_scored_per_seed_and_mode(generated, tmp_path):
-    from mscs.checkpoint import save_weights
-
-    settings = load_params(ROOT / "params.yaml").resolve(CITYSCAPES, "mini", {"seeds": [0, 1]}).settings
-    weights = {}
-    for seed in settings.seeds:
-        weights[seed] = tmp_path / f"{seed}.safetensors"
-        save_weights(weights[seed], build_network(settings, 19, seed=seed).state_dict(), {})
-    record, matrices = evaluate_run(settings, generated("cityscapes"), weights, world())
-    values = [record["ss"]["seeds"][str(seed)]["miou"] for seed in (0, 1)]
-    assert record["ss"]["miou"] == pytest.approx(np.mean(values))
-    assert record["ss"]["std"] == pytest.approx(np.std(values, ddof=1))
-    assert record["ss"]["n"] == 2
-    assert set(matrices) == {"ss-seed-0", "ss-seed-1"}
-
-
-def test_evaluate_writes_predictions_from_the_command_line(generated, tmp_path, monkeypatch):
-    from mscs.checkpoint import save_weights
-
-    settings = load_params(ROOT / "params.yaml").resolve(CITYSCAPES, "mini").settings
-    save_weights(tmp_path / "w.safetensors", build_network(settings, 19, seed=0).state_dict(), {})
+def test_weights_are_scored_per_mode(generated, tmp_path):
+    overrides = {"evaluation": ["ss", "ms"]}
+    settings = load_params(ROOT / "params.yaml").resolve(CITYSCAPES, "mini", overrides).settings
+    save_weights(tmp_path / "w.safetensors", build.network(settings, 19, seed=0).state_dict(), {})
     root = generated("cityscapes")
-    monkeypatch.chdir(tmp_path)
-    command = [
-        "evaluate",
-        CITYSCAPES,
-        "--params",
-        str(ROOT / "params.yaml"),
-        "--profile",
-        "mini",
-        "--device",
-        "cpu",
-    ]
-    command += [
-        "--checkpoint",
-        "w.safetensors",
-        "--data-root",
-        str(root),
-        "--save-predictions",
-        "out",
-    ]
+    record, matrices = evaluate_weights(settings, 3, tmp_path / "w.safetensors", root, world())
+    assert set(matrices) == {"ss-seed-3", "ms-seed-3"}
+    for mode in ("ss", "ms"):
+        found = scores(torch.from_numpy(matrices[f"{mode}-seed-3"]), settings.evaluation.absent_classes)
+        assert record[mode] == {"miou": found["miou"], "std": None, "n": 1, "seeds": {"3": found}}
+
+
+def test_evaluate_writes_predictions_from_the_command_line(generated, project):
+    settings = load_params(ROOT / "params.yaml").resolve(CITYSCAPES, "mini").settings
+    save_weights(project / "w.safetensors", build.network(settings, 19, seed=0).state_dict(), {})
+    data = ["--set=train_images=8", "--set=val_images=3", "--set=image_size=[64, 96]"]
+    command = ["evaluate", CITYSCAPES, "--device=cpu", "--data-root", str(generated("cityscapes")), *data]
     with contextlib.redirect_stdout(io.StringIO()):
-        assert main(command) == 0
-    names = sorted(path.name for path in (tmp_path / "out" / "ss-seed-0").iterdir())
+        assert main([*command, "--checkpoint=w.safetensors", "--save-predictions=out"]) == 0
+    names = sorted(path.name for path in (project / "out" / "ss-seed-0").iterdir())
     assert len(names) == 3
     assert all(name.endswith("_pred_labelIds.png") for name in names)
-    runs = tmp_path / "results/mini/runs"
-    assert not (runs / CITYSCAPES).exists()  # the pipeline's own scores are not overwritten
-    (found,) = runs.glob(f"{CITYSCAPES}+*/evaluation.json")
-    assert '"class_iou"' in found.read_text()
+    runs = project / "results/mini/runs"
+    (run,) = runs.iterdir()
+    (folder,) = run.iterdir()
+    assert folder.name.startswith("seed-0+")  # the pipeline's own scores are not overwritten
+    assert '"class_iou"' in (folder / "evaluation.json").read_text()

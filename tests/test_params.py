@@ -2,13 +2,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 
+from mscs.blocks import TRAIN, Block, Weight, from_flat, keys
 from mscs.errors import UsageError
 from mscs.model_options import MODEL_OPTIONS
-from mscs.params import Params, from_plain, load_params, parse_overrides, to_plain
+from mscs.params import Params, load_params, parse_overrides
+from mscs.settings import PHASES, Loss, Settings
 
 # The supplement's Tables 4 to 7: dataset, model, backbone ->
 # crop, lr, decay, weight decay, batch, steps, optimiser.
@@ -48,29 +51,27 @@ def test_every_row_of_tables_4_to_7_has_a_ce_and_an_ours_run_with_the_printed_se
     for run in params.runs:
         s = params.resolve(run, "paper").settings
         if s.variant in ("ce", "ours"):
-            key = (s.dataset, s.model, s.backbone.split(".")[0].split("_patch")[0])
-            row = (s.crop_size, s.lr, s.lr_schedule, s.weight_decay, s.batch_size, s.steps, s.optimizer)
+            key = (s.data.name, s.model.name, s.model.backbone.split(".")[0].split("_patch")[0])
+            schedule, decay, optimizer = s.schedule, s.schedule.lr_schedule.name, s.schedule.optimizer.name
+            row = (schedule.crop_size, schedule.lr, decay, schedule.weight_decay)
+            row += (schedule.batch_size, schedule.steps, optimizer)
             found.setdefault(key, {})[s.variant] = row
     assert found == {key: {"ce": row, "ours": row} for key, row in SUPPLEMENT.items()}
 
 
 def test_section_a_and_e_of_the_supplement(params):
-    ours = params.resolve("cityscapes-hrnet-hr48-ours", "paper").settings
+    loss = params.resolve("cityscapes-hrnet-hr48-ours", "paper").settings.loss
+    ours = loss.contrastive
     assert (ours.multi_scale_weight, ours.cross_scale_weight) == (0.1, 0.1)
     assert ours.scale_weights == (1.0, 0.7, 0.4, 0.1)
     assert ours.cross_pairs == ((0, 3), (0, 2))
-    assert ours.projector == "backbone"
-    assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.projector == "fpn"
-    assert params.resolve("ade20k-upernet-swint-ours", "paper").settings.ms_scales == (
-        0.5,
-        0.75,
-        1.25,
-        1.5,
-        1.75,
-    )
+    assert loss.projector == "backbone"
+    swin = params.resolve("ade20k-upernet-swint-ours", "paper")
+    assert swin.settings.loss.projector == "fpn"
+    assert swin.values["ms_scales"] == [0.5, 0.75, 1.25, 1.5, 1.75]
     for dataset in ("cityscapes", "pascal_context"):
-        scales = params.resolve(f"{dataset}-hrnet-hr48-ours", "paper").settings.ms_scales
-        assert scales == (0.5, 0.75, 1.25, 1.5, 1.75, 2.0)
+        values = params.resolve(f"{dataset}-hrnet-hr48-ours", "paper").values
+        assert values["ms_scales"] == [0.5, 0.75, 1.25, 1.5, 1.75, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -84,25 +85,29 @@ def test_section_a_and_e_of_the_supplement(params):
 )
 def test_networks_with_fewer_maps_take_the_first_weights_and_the_last_pairs(params, run, weights, pairs):
     settings = params.resolve(run, "paper").settings
-    assert settings.scale_weights == weights
-    assert settings.cross_pairs == pairs
+    assert settings.loss.contrastive.scale_weights == weights
+    assert settings.loss.contrastive.cross_pairs == pairs
 
 
 @pytest.mark.parametrize(("batch", "images"), [(8, 2), (12, 3), (16, 4)])
 def test_a_group_is_a_quarter_of_the_batch(params, batch, images):
     run = "cityscapes-hrnet-hr48-ours"
-    assert params.resolve(run, "paper", {"batch_size": batch}).settings.images_per_group == images
+    assert params.resolve(run, "paper", {"batch_size": batch}).settings.schedule.images_per_group == images
 
 
-def test_every_run_resolves_in_every_profile_and_comes_back_from_json(params):
+@pytest.mark.parametrize("recipe", ["paper", "code", "upstream"])
+def test_every_run_resolves_in_every_profile_and_comes_back_from_flat_json(params, recipe):
     for profile in params.profiles:
         for run in params.runs:
-            resolved = params.resolve(run, profile)
-            plain = json.loads(json.dumps(to_plain(resolved.settings)))
-            assert from_plain(plain) == resolved.settings
-            assert set(plain) <= set(resolved.sources), "every value has a source"
+            resolved = params.resolve(run, profile, {"recipe": recipe})
+            settings = resolved.settings
+            flat = json.loads(json.dumps(settings.flat()))
+            assert from_flat(Settings, flat, "test") == settings
+            assert from_flat(Settings, resolved.values, "test") == settings
+            assert flat.items() <= {key: resolved.values[key] for key in flat}.items()
+            assert set(resolved.values) == set(keys(Settings)) == set(resolved.sources)
             assert "." not in run
-            assert set(resolved.settings.model_options) <= set(vars(MODEL_OPTIONS[resolved.settings.model]))
+            assert set(settings.model.options) <= set(MODEL_OPTIONS[settings.model.name])
 
 
 @pytest.mark.parametrize(
@@ -118,20 +123,21 @@ def test_ade20k_is_scored_at_the_size_of_the_training_crops_but_in_recipe_code(p
         if not run.startswith("ade20k-upernet-"):
             continue
         settings = params.resolve(run, "paper", {"recipe": recipe}).settings
-        assert settings.short_side == expected.get(run.split("-")[2], 512)
-        assert settings.short_side == settings.crop_size[0] or recipe == "code"
-        assert params.resolve(run, "mini", {"recipe": recipe}).settings.short_side == 96
+        assert settings.evaluation.short_side == expected.get(run.split("-")[2], 512)
+        assert settings.evaluation.short_side == settings.schedule.crop_size[0] or recipe == "code"
+        assert params.resolve(run, "mini", {"recipe": recipe}).settings.evaluation.short_side == 96
 
 
 def test_mini_keeps_the_ratio_of_budgets_and_four_groups(params):
     steps = [
-        params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.steps for k in (40, 80, 120)
+        params.resolve(f"cityscapes-hrnet-hr48-ce-b8-{k}k", "mini").settings.schedule.steps
+        for k in (40, 80, 120)
     ]
     assert steps[1] == 2 * steps[0]
     assert steps[2] == 3 * steps[0]
     for run in params.runs:
         settings = params.resolve(run, "mini").settings
-        assert settings.batch_size == 4 * settings.images_per_group
+        assert settings.schedule.batch_size == 4 * settings.schedule.images_per_group
 
 
 def test_sources_name_the_supplements_table(params):
@@ -188,12 +194,12 @@ def test_a_recipe_is_a_source_of_its_own(params):
     [
         (("schedules", "cityscapes-hrnet-hr48", "lrr"), 0.1, ["lrr", "did you mean 'lr'"]),
         (("schedules", "cityscapes-hrnet-hr48", "lr"), "fast", ["lr", "'fast'", "a number"]),
-        (("schedules", "cityscapes-hrnet-hr48", "lr"), -1, ["lr", "-1", "from 0"]),
+        (("schedules", "cityscapes-hrnet-hr48", "lr"), -1, ["lr", "-1", "equal to 0"]),
         (("schedules", "cityscapes-hrnet-hr48", "batch_size"), 12.5, ["batch_size", "12.5", "whole number"]),
-        (("schedules", "cityscapes-hrnet-hr48", "crop_size"), [512], ["crop_size", "[512]", "2 items"]),
+        (("schedules", "cityscapes-hrnet-hr48", "crop_size"), [512], ["crop_size", "[512]", "one item more"]),
         (("schedules", "cityscapes-hrnet-hr48", "optimizer"), "sgdd", ["optimizer", "'sgdd'", "'sgd'"]),
         (("runs", "cityscapes-hrnet-hr48-ce", "loss"), "cee", ["loss", "'cee'", "did you mean 'ce'"]),
-        (("runs", "cityscapes-hrnet-hr48-ce", "hflip"), 2, ["hflip", "2", "to 1"]),
+        (("runs", "cityscapes-hrnet-hr48-ce", "hflip"), 2, ["hflip", "2", "equal to 1"]),
         (("profiles", "mini", "datasets", "citiscapes"), {}, ["citiscapes", "did you mean 'cityscapes'"]),
         (("profiless",), {}, ["profiless", "did you mean 'profiles'"]),
     ],
@@ -209,9 +215,9 @@ def test_a_wrong_key_or_value_is_named_with_the_nearest_valid_one(document, path
         assert word in str(caught.value)
 
 
-def test_a_missing_key_names_run_and_block(document):
+def test_a_missing_key_names_the_run(document):
     del document["schedules"]["cityscapes-hrnet-hr48"]["lr"]
-    with pytest.raises(UsageError, match=r"cityscapes-hrnet-hr48-ce.*missing key 'lr'.*schedules"):
+    with pytest.raises(UsageError, match=r"cityscapes-hrnet-hr48-ce.*missing key 'lr'"):
         Params(document).resolve("cityscapes-hrnet-hr48-ce", "paper")
 
 
@@ -229,8 +235,8 @@ def test_unknown_model_option_is_refused(params):
 def test_overrides_are_yaml_and_reach_the_settings(params):
     overrides = parse_overrides(["lr=0.5", "crop_size=[64, 64]", "projector=null"])
     resolved = params.resolve("cityscapes-hrnet-hr48-ce", "paper", overrides)
-    assert resolved.settings.lr == 0.5
-    assert resolved.settings.crop_size == (64, 64)
+    assert resolved.settings.schedule.lr == 0.5
+    assert resolved.settings.schedule.crop_size == (64, 64)
     assert resolved.sources["lr"] == "--set"
     with pytest.raises(UsageError, match="key=value"):
         parse_overrides(["lr"])
@@ -238,14 +244,79 @@ def test_overrides_are_yaml_and_reach_the_settings(params):
         params.resolve("cityscapes-hrnet-hr48-ce", "paper", {"momentun": 1})
 
 
-def test_the_fingerprint_changes_with_what_decides_training_and_with_nothing_else(params):
-    run = "cityscapes-hrnet-hr48-ce"
+OURS, PLAIN = "cityscapes-hrnet-hr48-ours-b8-40k", "cityscapes-hrnet-hr48-ce"
+SWIN_MS = "ade20k-upernet-swins-ours"
+NOTHING = ("log_every=7", "checkpoint_every=7", "threads=7", "seeds=[7]")
+
+
+@pytest.mark.parametrize(
+    ("run", "pair", "changed"),
+    [
+        (PLAIN, "lr=0.02", ["train"]),
+        (PLAIN, "momentum=0.8", ["train"]),
+        (PLAIN, "crop_size=[64, 64]", ["train"]),
+        (PLAIN, "precision=bf16", ["train", "evaluate"]),
+        (PLAIN, "ms_scales=[0.5]", []),
+        (PLAIN, "temperature=0.2", []),
+        (PLAIN, "embedding_subsample=2", []),
+        (OURS, "temperature=0.2", ["train"]),
+        (SWIN_MS, "ms_scales=[0.5]", ["evaluate"]),
+        (SWIN_MS, "warmup_steps=7", ["train"]),
+        (SWIN_MS, "momentum=0.8", []),
+        (SWIN_MS, "exp_decay=0.8", []),
+        *((run, pair, []) for run in (PLAIN, OURS, SWIN_MS) for pair in NOTHING),
+    ],
+)
+def test_the_identity_holds_what_decides_the_outcome_and_nothing_else(params, run, pair, changed):
     base = params.resolve(run, "paper").settings
-    assert params.resolve(run, "paper", {"lr": 0.02}).settings.digest() != base.digest()
-    assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest() == base.digest()
-    assert params.resolve(run, "paper", {"ms_scales": [0.5]}).settings.digest("evaluate") != base.digest(
-        "evaluate"
-    )
+    other = params.resolve(run, "paper", parse_overrides([pair])).settings
+    for phase in PHASES:
+        assert (other.identity(phase) != base.identity(phase)) == (phase in changed), phase
+        assert (other.digest(phase) != base.digest(phase)) == (phase in changed), phase
+
+
+def test_parts_that_a_run_does_not_use_are_not_there(params):
+    plain = params.resolve("cityscapes-hrnet-hr48-ce-b8-40k", "mini").settings
+    assert plain.loss.contrastive is None
+    assert plain.evaluation.multi_scale is None
+    assert not {"contrastive", "temperature", "ms_scales", "warmup_steps"} & set(plain.flat())
+    assert "momentum" not in params.resolve(SWIN_MS, "paper").settings.flat()
+
+
+class Neighbours(Block):
+    """A loss on embeddings that this package does not have."""
+
+    affects = TRAIN
+    neighbours: Literal[True]
+    neighbour_weight: Weight
+
+
+class LossWithNeighbours(Loss):
+    neighbours: Neighbours | None
+
+
+class SettingsWithNeighbours(Settings):
+    loss: LossWithNeighbours
+
+
+def test_a_new_loss_changes_the_identity_of_the_runs_that_use_it_alone(params):
+    for run in (PLAIN, OURS, SWIN_MS):
+        resolved = params.resolve(run, "paper")
+        before = {
+            phase: (resolved.settings.identity(phase), resolved.settings.digest(phase)) for phase in PHASES
+        }
+        added = {"neighbours": False, "neighbour_weight": 0.5}
+        other = from_flat(SettingsWithNeighbours, {**resolved.values, **added}, "test")
+        assert {phase: (other.identity(phase), other.digest(phase)) for phase in PHASES} == before
+        used = from_flat(SettingsWithNeighbours, {**resolved.values, **added, "neighbours": True}, "test")
+        assert used.loss.neighbours.neighbour_weight == 0.5
+        assert used.digest("train") != before["train"][1]
+
+
+@pytest.mark.parametrize(("images", "groups"), [(2, 8), (4, 4), (16, 1)])
+def test_the_number_of_groups_follows_from_batch_and_group(params, images, groups):
+    overrides = {"batch_size": 16, "images_per_group": images}
+    assert params.resolve(OURS, "mini", overrides).settings.schedule.groups == groups
 
 
 @pytest.mark.parametrize("command", [["mscs", "--help"], ["mscs", "runs"], ["reproduce", "cells"]])
@@ -261,20 +332,21 @@ def test_light_commands_do_not_import_torch(command):
 
 def test_options_of_the_model_on_the_command_line_add_to_those_of_the_recipe(params):
     run = "ade20k-upernet-swint-ce"
-    before = params.resolve(run, "paper", {"recipe": "code"}).settings.model_options
+    before = params.resolve(run, "paper", {"recipe": "code"}).settings.model.options
     asked = {"recipe": "code", "model_options": {"checkpointing": True}}
-    assert params.resolve(run, "paper", asked).settings.model_options == {**before, "checkpointing": True}
+    assert params.resolve(run, "paper", asked).settings.model.options == {**before, "checkpointing": True}
 
 
 def test_without_the_loss_there_is_no_projector(params):
-    assert params.resolve("cadis-ocrnet-r50-ours", "mini", {"contrastive": False}).settings.projector is None
+    settings = params.resolve("cadis-ocrnet-r50-ours", "mini", {"contrastive": False}).settings
+    assert settings.loss.projector is None
 
 
 def test_numbers_without_a_point_are_numbers(params):
     settings = params.resolve(
         "cadis-ocrnet-r50-ours", "mini", parse_overrides(["lr=1e-3", "steps=1e3"])
     ).settings
-    assert (settings.lr, settings.steps) == (1e-3, 1000)
+    assert (settings.schedule.lr, settings.schedule.steps) == (1e-3, 1000)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +380,7 @@ def test_a_value_that_is_no_yaml_is_one_line(value):
     [
         ("  hflip: 0.5", "  hflip: 0.5\n  hflip: 0.4", "stands twice"),
         ("profile: mini", "profile: [mini]", "unknown profile"),
-        ("steps_factor:", "steps_factor: abc #", "expected a number"),
+        ("steps_factor:", "steps_factor: abc #", "a valid number"),
         ("\nruns:", "\nruns:\n  5: {}", "a run's id is text"),
     ],
 )

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mscs.errors import UsageError
 from mscs.trackers import build_tracker, sample_pictures
+from mscs.train import Snapshot
 from mscs.transforms import normalize
 
 

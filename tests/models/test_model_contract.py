@@ -1,4 +1,4 @@
-"""What every model owes the engine, for every model, kind of backbone and projector position."""
+"""What every model owes the training, for every model, kind of backbone and projector position."""
 
 import copy
 

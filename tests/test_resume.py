@@ -5,19 +5,19 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
-SMALL = {"log_every": 1, "threads": 1, "crop_size": [64, 96], "image_size": [64, 96], "batch_size": 4}
+DATA = {"image_size": [64, 96], "train_images": 8, "val_images": 3}  # what `generated` draws
+SMALL = {"log_every": 1, "threads": 1, "crop_size": [64, 96], "batch_size": 4, **DATA}
 STEPS = 40
 
 # Starts the command as often as it takes, kills it after a random number of steps and a random moment more,
 # ten times; then lets it end. The starts are forks, so that PyTorch is imported once.
 KILLER = """
 import os, random, re, signal, sys, time
-import mscs.engine
+import mscs.runs
 from mscs.cli import main
 
 kills, chance = 0, random.Random(int(sys.argv[1]))
@@ -50,10 +50,11 @@ def arguments(root, *extra):
     return ["train", RUN, "--data-root", str(root), *settings, *extra]
 
 
-def prepare(folder):
-    folder.mkdir()
-    (folder / "params.yaml").write_bytes(Path("params.yaml").read_bytes())
-    return {"cwd": folder, "env": {**os.environ, "PYTHONPATH": os.getcwd()}, "text": True}
+@pytest.fixture
+def prepare(new_project):
+    """Return a function that makes a project of its own and gives the options of a command in it."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    return lambda folder: {"cwd": new_project(folder), "env": environment, "text": True}
 
 
 def weights(folder):
@@ -62,7 +63,7 @@ def weights(folder):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_the_weights_are_those_of_an_uninterrupted_run(generated, tmp_path):
+def test_killed_ten_times_the_weights_are_those_of_an_uninterrupted_run(generated, tmp_path, prepare):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = [sys.executable, "-m", "mscs", *arguments(generated("cityscapes"))]
     assert subprocess.run(command, **prepare(whole), stdout=subprocess.DEVNULL, check=False).returncode == 0
@@ -78,7 +79,9 @@ def test_killed_ten_times_the_weights_are_those_of_an_uninterrupted_run(generate
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 1), (2, 0), (2, 1)])
-def test_a_signal_saves_and_the_next_start_goes_on(generated, tmp_path, signum, code, processes, workers):
+def test_a_signal_saves_and_the_next_start_goes_on(
+    generated, tmp_path, prepare, signum, code, processes, workers
+):
     """One process is told with its whole group, readers included, as a terminal or scheduler does."""
     options = prepare(tmp_path / "run")
     extra = ["--processes", str(processes), "--workers", str(workers), "--device", "cpu"]

@@ -1,5 +1,6 @@
+"""The training loop and what watches it, on one process."""
+
 import contextlib
-import csv
 import io
 import json
 import math
@@ -11,27 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from mscs.engine import (
-    Objective,
-    Stopped,
-    Trainer,
-    TrainFiles,
-    _FiniteGuard,
-    _Progress,
-    apply_machine_settings,
-    build_objective,
-    gradient_norm,
-    memory_advice,
-    open_dataset,
-    summary,
-    train_run,
-)
 
-from mscs.checkpoint import save_checkpoint
+from mscs import build
 from mscs.distributed import World
 from mscs.errors import MscsError, UsageError
 from mscs.loader import Batch
+from mscs.losses.objective import EmbeddingLoss, Objective, Terms
 from mscs.models import ModelOutput
+from mscs.monitor import FiniteGuard, Progress, memory_advice
+from mscs.optim import gradient_norm
+from mscs.seeding import torch_generator
+from mscs.train import Trainer
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
 SMALL = {
@@ -46,9 +37,9 @@ SMALL = {
 
 def trainer(params, root, folder, run=RUN, seed=0, **overrides):
     settings = params.resolve(run, "mini", {**SMALL, **overrides}).settings
-    apply_machine_settings(settings)
+    build.apply_machine_settings(settings)
     world = World(0, 1, torch.device("cpu"))
-    return Trainer(settings, seed, world, open_dataset(settings, "train", root), folder)
+    return Trainer(settings, seed, world, build.open_dataset(settings, "train", root), folder)
 
 
 def train(trainer):
@@ -130,7 +121,7 @@ class OtherProcess(World):
 
 
 def test_processes_agree_on_the_first_bad_step_and_the_one_that_had_it_names_it(tmp_path):
-    guard = _FiniteGuard(OtherProcess(0, 2, torch.device("meta")), tmp_path, seed=0)
+    guard = FiniteGuard(OtherProcess(0, 2, torch.device("meta")), tmp_path, seed=0)
     guard._first_bad = torch.tensor(guard._NEVER)
     for step, value in enumerate((1.0, 2.0, math.nan)):
         terms = {"loss": torch.tensor(value), "ce": torch.tensor(value)}
@@ -138,39 +129,6 @@ def test_processes_agree_on_the_first_bad_step_and_the_one_that_had_it_names_it(
     with pytest.raises(MscsError, match="not finite at step 1 on another process"):
         guard.check()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_signal_during_the_last_save_of_a_seed_is_not_lost(params, generated, tmp_path, monkeypatch):
-    settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, "seeds": [0, 1]}).settings
-    saved = []
-
-    def save(folder, step, *rest):
-        save_checkpoint(folder, step, *rest)
-        saved.append((folder.name, step))
-        if saved[-1] == ("seed-0", 2):
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr("mscs.engine.save_checkpoint", save)
-    world = World(0, 1, torch.device("cpu"))
-    with pytest.raises(Stopped), contextlib.redirect_stdout(io.StringIO()):
-        train_run(settings, generated("cityscapes"), run_files(tmp_path), tmp_path / "checkpoints", world)
-    assert saved == [("seed-0", 2)]
-
-
-def test_an_interrupted_training_under_other_settings_is_named(params, generated, tmp_path, capsys):
-    files, root, world = run_files(tmp_path), generated("cityscapes"), World(0, 1, torch.device("cpu"))
-
-    def run(observers=(), **overrides):
-        settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, **overrides}).settings
-        return train_run(settings, root, files, tmp_path / "checkpoints", world, observers=observers)
-
-    (tmp_path / "checkpoints" / f"{RUN}-b8-0123456789ab" / "seed-0").mkdir(parents=True)  # of another run
-    (tmp_path / "checkpoints" / f"{RUN}-b8-0123456789ab" / "seed-0" / "step-00000001.json").write_text("{}")
-    with pytest.raises(Stopped):
-        run([lambda _: signal.raise_signal(signal.SIGTERM)])
-    run(lr=0.02)
-    text = capsys.readouterr().out
-    assert "interrupted training, with other settings (lr: 0.1 -> 0.02)" in text
 
 
 def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, monkeypatch):
@@ -182,9 +140,9 @@ def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, m
         train(trainer(params, generated("cityscapes"), tmp_path, batch_size=8))
     for advice in (
         "model_options={checkpointing: true}",
-        "--processes 2",
+        "--processes 2 on as many GPUs: 4 images each",
         "precision=bf16",
-        "batch_size=4: 50%",
+        "accumulation_steps=2 --set batch_norm=part",
         "crop_size=[32,64]: 33%",
     ):
         assert advice in str(caught.value)
@@ -192,9 +150,59 @@ def test_exhausted_gpu_memory_says_what_to_change(params, generated, tmp_path, m
 
 def test_milder_memory_advice_ends_where_it_is_taken(params):
     taken = {"precision": "bf16", "batch_size": 4, "model_options": {"checkpointing": True}}
+    taken["crop_size"] = [96, 192]
     settings = params.resolve(RUN, "mini", {**taken, "sampling": "all"}).settings
     names = [line.split(":")[0] for line in memory_advice(settings, 4)]
     assert names == ["--set sampling=balanced", "--set crop_size=[64,128]"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_batch_is_shared_by_groups_and_each_has_its_own_generator(params, generated, tmp_path, size):
+    job = trainer(params, generated("cityscapes"), tmp_path, seed=3, batch_size=16, images_per_group=2)
+    states = []
+    for rank in range(size):
+        job.world = World(rank, size, torch.device("cpu"))
+        states += [generator.get_state() for generator in job._generators(5)]
+    expected = [torch_generator(3, "anchors", 5, group).get_state() for group in range(8)]
+    assert len(states) == len(expected)
+    assert all(torch.equal(*pair) for pair in zip(states, expected, strict=True))
+    assert len({bytes(state.numpy()) for state in states}) == 8
+
+
+class MeanEmbedding(EmbeddingLoss):
+    """Pulls embeddings towards a running mean, which is a state of its own."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+
+    def forward(self, embeddings, labels, generators):
+        now = embeddings[0].mean((0, 2, 3))
+        value = (now - self.mean).square().sum()
+        self.mean += 0.5 * (now.detach() - self.mean)
+        return Terms(0.1 * value, {"to_mean": value}, {})
+
+
+def test_the_state_of_a_loss_is_in_the_checkpoint_and_comes_back(params, generated, tmp_path, monkeypatch):
+    channels = params.resolve(RUN, "mini").settings.model.options["projector_channels"]
+    losses = []
+
+    def instead(block, images_per_group):
+        losses.append(MeanEmbedding(channels))
+        return losses[-1]
+
+    monkeypatch.setitem(build.EMBEDDING_LOSSES, "contrastive", instead)
+    expected = train(trainer(params, generated("cityscapes"), tmp_path / "whole"))
+    first = trainer(params, generated("cityscapes"), tmp_path / "parts")
+    first.stop_after = 3
+    train(first)
+    saved = torch.load(tmp_path / "parts" / "step-00000003.pt", weights_only=True)["objective"]
+    assert torch.equal(saved["on_embeddings.0.mean"], losses[1].mean)
+    assert saved["on_embeddings.0.mean"].any()
+    second = trainer(params, generated("cityscapes"), tmp_path / "parts")
+    assert same(train(second), expected)
+    assert "to_mean" in second.history[-1]
+    assert torch.equal(losses[2].mean, losses[0].mean)
 
 
 def test_the_gradient_norm_is_that_of_all_gradients():
@@ -221,57 +229,10 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(params, generated, t
     assert same(train(trainer(params, generated("cityscapes"), tmp_path, checkpoint_every=1)), whole)
 
 
-def run_files(tmp_path):
-    return TrainFiles(tmp_path / "work", tmp_path / "results")
-
-
-def test_a_trained_run_is_left_alone_unless_its_settings_change(params, generated, tmp_path):
-    files, root, world = run_files(tmp_path), generated("cityscapes"), World(0, 1, torch.device("cpu"))
-
-    def run(fresh=False, **overrides):
-        settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, **overrides}).settings
-        with contextlib.redirect_stdout(io.StringIO()):
-            return train_run(settings, root, files, tmp_path / "checkpoints", world, fresh=fresh)
-
-    facts = run()
-    assert facts["sessions"]["seed_0"][0]["start"] == 0
-    assert facts["peak_bytes"] > 1e8
-    assert run() is None
-    assert run(fresh=True) is not None
-    assert run(lr=0.02)["digest"] != facts["digest"]
-    files.losses.unlink()
-    assert run(lr=0.02) is not None
-    assert not list((tmp_path / "checkpoints").rglob("*.pt"))
-
-
-def test_a_run_stopped_in_its_second_seed_keeps_its_first(params, generated, tmp_path, monkeypatch):
-    settings = params.resolve(RUN, "mini", {**SMALL, "steps": 2, "seeds": [0, 1]}).settings
-    files, root, world = run_files(tmp_path), generated("cityscapes"), World(0, 1, torch.device("cpu"))
-    steps = []
-
-    def run(stop_at):
-        def observe(snapshot):
-            steps.append((snapshot.seed, snapshot.history[-1]["step"]))
-            if steps[-1] == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            return train_run(settings, root, files, tmp_path / "checkpoints", world, observers=[observe])
-
-    with pytest.raises(Stopped) as caught:
-        run(stop_at=(1, 1))
-    assert caught.value.exit_code == 143
-    facts = run(stop_at=None)
-    assert steps == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert [session["start"] for session in facts["sessions"]["seed_1"]] == [0, 1]
-    rows = list(csv.DictReader(files.losses.open()))
-    assert [(row["seed"], row["step"]) for row in rows] == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
-
-
 def test_the_objective_is_eq_5(params, generated):
     settings = params.resolve(RUN, "mini", SMALL).settings
-    dataset = open_dataset(settings, "train", generated("cityscapes"))
-    objective = build_objective(settings, dataset, torch.device("cpu"))
+    dataset = build.open_dataset(settings, "train", generated("cityscapes"))
+    objective = build.objective(settings, dataset.class_weights)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (4, 64, 96), generator=generator)
     maps = [torch.randn(4, 8, 64 // s, 96 // s, generator=generator) for s in (4, 8, 16, 32)]
@@ -294,47 +255,25 @@ def test_the_objective_is_eq_5(params, generated):
 def test_auxiliary_loss_is_weighted(params):
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     logits, aux = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    total, terms, _ = Objective(1, 0.4, None, None)(ModelOutput(logits, aux, None), labels, [])
+    total, terms, _ = Objective(1, 0.4)(ModelOutput(logits, aux, None), labels, [])
     assert total.item() == pytest.approx((terms["ce"] + 0.4 * terms["aux"]).item())
 
 
 def test_an_auxiliary_head_of_weight_0_still_has_gradients(params):
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     logits, aux = (torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(2))
-    total, terms, _ = Objective(1, 0.0, None, None)(ModelOutput(logits, aux, None), labels, [])
+    total, terms, _ = Objective(1, 0.0)(ModelOutput(logits, aux, None), labels, [])
     total.backward()
     assert terms.keys() == {"ce"}
     assert not aux.grad.any()
 
 
-def test_summary_averages_the_tail_without_overflown_gradients():
-    history = [{"step": i, "lr": 0.1, "loss": float(i), "gradient_norm": math.inf} for i in range(10)]
-    assert summary(history) == {"loss": 8.5, "gradient_norm": None}
-    history[-1]["gradient_norm"] = 3.0
-    assert summary(history)["gradient_norm"] == 3.0
-
-
-class Double(Trainer):
-    """In float64, where the order of sums is all that may differ."""
-
-    def _to_device(self, batch):
-        images, labels = super()._to_device(batch)
-        return images.double(), labels
-
-
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulated_gradients_are_those_of_the_whole_batch(params, generated, tmp_path, float64, parts):
+def test_accumulated_gradients_are_those_of_the_whole_batch(params, generated, tmp_path, parts):
     def ended(parts):
         options = {"batch_size": 8, "steps": 3, "batch_norm": "frozen", "accumulation_steps": parts}
+        options |= {"precision": "fp64", "lr": 0.001}  # the order of sums is all that may differ
         job = trainer(params, generated("cityscapes"), tmp_path / str(parts), **options)
-        job.__class__ = Double
         return train(job), job.history
 
     (weights, history), (expected, rows) = ended(parts), ended(1)
@@ -379,7 +318,7 @@ def test_the_loop_waits_for_the_device_at_logging_steps_only(
 ):
     """But for one read of how many anchors there are, which gives the loss its shapes."""
     reads, per_step = [], []
-    advance, make_guard = _Progress.advance, _FiniteGuard.__init__
+    advance, make_guard = Progress.advance, FiniteGuard.__init__
 
     def guard_of_a_gpu(guard, *args):
         make_guard(guard, *args)
@@ -398,8 +337,8 @@ def test_the_loop_waits_for_the_device_at_logging_steps_only(
         return reading
 
     job = trainer(params, generated("cityscapes"), tmp_path, run, log_every=6, checkpoint_every=6)
-    monkeypatch.setattr(_FiniteGuard, "__init__", guard_of_a_gpu)
-    monkeypatch.setattr(_Progress, "advance", end_of_step)
+    monkeypatch.setattr(FiniteGuard, "__init__", guard_of_a_gpu)
+    monkeypatch.setattr(Progress, "advance", end_of_step)
     for name in (
         "item",
         "tolist",
@@ -424,7 +363,9 @@ def test_a_gpu_is_waited_for_at_logging_steps_only(params, generated, tmp_path, 
     """The same as PyTorch itself counts it, which sees waits that are no reads."""
     settings = params.resolve(run, "mini", {**SMALL, "log_every": 6, "checkpoint_every": 6}).settings
     world = World(0, 1, torch.device("cuda", 0))
-    job = Watched(settings, 0, world, open_dataset(settings, "train", generated("cityscapes")), tmp_path)
+    job = Watched(
+        settings, 0, world, build.open_dataset(settings, "train", generated("cityscapes")), tmp_path
+    )
     train(job)
     assert [len(waits) for waits in job.waits[1:]] == [allowed] * 5
 
@@ -463,27 +404,13 @@ def test_every_row_of_every_table_takes_a_step(params, generated, tmp_path, run)
     root = generated(run.split("-")[0])
     overrides = {**SMALL, "steps": 2, "batch_size": 4, "short_side": None}
     settings = params.resolve(run, "mini", overrides).settings
-    apply_machine_settings(settings)
-    job = Trainer(
-        settings, 0, World(0, 1, torch.device("cpu")), open_dataset(settings, "train", root), tmp_path
-    )
+    build.apply_machine_settings(settings)
+    dataset = build.open_dataset(settings, "train", root)
+    job = Trainer(settings, 0, World(0, 1, torch.device("cpu")), dataset, tmp_path)
     train(job)
     row = job.history[-1]
     terms = [key for key in row if "scale_" in key]
-    assert len(terms) == (
-        len(settings.scale_weights) + len(settings.cross_pairs) if settings.contrastive else 0
-    )
-    assert ("aux" in row) == (settings.aux_weight > 0)
+    ours = settings.loss.contrastive
+    assert len(terms) == (len(ours.scale_weights) + len(ours.cross_pairs) if ours else 0)
+    assert ("aux" in row) == (settings.model.aux_weight > 0)
     assert math.isfinite(row["loss"])
-
-
-def test_random_weights_in_profile_paper_must_be_asked_for_by_name(tmp_path, monkeypatch, capsys):
-    from mscs.cli import main
-
-    root = Path("params.yaml").read_text()
-    (tmp_path / "params.yaml").write_text(root.replace("pretrained: true", "pretrained: false"))
-    monkeypatch.chdir(tmp_path)
-    assert main(["train", RUN, "--profile", "paper"]) == 2
-    assert "--set pretrained=false" in capsys.readouterr().err
-    assert main(["train", RUN, "--profile", "paper", "--set", "pretrained=false"]) == 2
-    assert "no dataset" in capsys.readouterr().err
