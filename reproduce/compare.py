@@ -6,7 +6,6 @@ tree. Only params.yaml and the small result files are read, so a clone without d
 
 import io
 import json
-import math
 import subprocess
 import tempfile
 import zipfile
@@ -24,8 +23,7 @@ from mscs.paths import RESULTS, resolve_all
 from mscs.results import read_json
 from reproduce.cells import Cell, cells
 from reproduce.rendering import markdown_page, markdown_table, render
-from reproduce.tables import Results
-from reproduce.verify import standard_error
+from reproduce.tables import Results, standard_error
 
 WORKING_TREE = "."
 
@@ -193,8 +191,7 @@ def _value(results: Results, cell: Cell) -> float | str | None:
 def cell_error(cell: Cell, *results: Results) -> float | None:
     """Return the standard error of the difference of a cell between results, None without enough seeds."""
     runs = [run for run in (cell.run, cell.over) if run is not None]
-    errors = [standard_error(one.score(run, cell.read)) for one in results for run in runs]
-    return None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
+    return standard_error(*(one.score(run, cell.read) for one in results for run in runs))
 
 
 def sections(document: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

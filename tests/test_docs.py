@@ -27,9 +27,9 @@ from mscs.cli import build_parser
 from mscs.cli import main as mscs_main
 from mscs.params import load_params, parse_overrides
 from reproduce import calibrate, ledger, pipeline, tables
-from reproduce.__main__ import build_parser as build_reproduce_parser
-from reproduce.__main__ import main as reproduce_main
-from reproduce.__main__ import stages_of
+from reproduce.cli import build_parser as build_reproduce_parser
+from reproduce.cli import main as reproduce_main
+from reproduce.cli import stages_of
 from reproduce.cells import TABLES
 
 ROOT = Path(__file__).parents[1]

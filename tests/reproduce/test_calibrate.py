@@ -15,7 +15,7 @@ from mscs.inference import Predictor
 from mscs.metrics import scores
 from mscs.models import build_model, count_parameters
 from reproduce import calibrate as module
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.calibrate import (
     CHECKPOINTS,
     SegFormer,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mscs.results import write_json
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.cards import data_card, write_cards
 from reproduce.tables import MINI_STAMP, Results
 

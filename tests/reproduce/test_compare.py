@@ -6,7 +6,7 @@ import pytest
 
 from mscs.cli import resolve_all
 from mscs.params import load_params
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.compare import as_html, compare, differences, open_revision
 
 ROOT = Path(__file__).parents[2]

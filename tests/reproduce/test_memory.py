@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mscs.results import write_json
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.cells import cells
 from reproduce.memory import measure_runs, memory_runs, train_steps
 from reproduce.tables import Results

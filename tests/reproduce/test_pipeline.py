@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mscs.errors import UsageError
-from reproduce.__main__ import stages_of
+from reproduce.cli import stages_of
 from reproduce.cells import TABLES, cells, claims, table_runs
 from reproduce.pipeline import build, default_runs, imports_of, render, row_runs
 

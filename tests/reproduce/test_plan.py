@@ -7,7 +7,7 @@ import pytest
 from mscs.errors import UsageError
 from mscs.params import load_params
 from mscs.results import write_json
-from reproduce import __main__ as command
+from reproduce import cli as command
 from reproduce import plan
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.settings_tables import grid, latex_power, plain, settings_rows, unicode_power
 
 ROOT = Path(__file__).parents[2]
