@@ -1,7 +1,7 @@
 """What changed between two commits: params, the runs they touch, the cells that moved, and what stayed.
 
 A revision is anything git knows (commit, branch, tag), the name of a DVC experiment, or "." for the working
-tree. Only params.yaml and the small result files are read, so a clone without data is enough.
+tree. Only params.yaml, numerics.yaml and the small result files are read, so a clone without data is enough.
 """
 
 import io
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from mscs.errors import UsageError
+from mscs.numerics import FILE as NUMERICS
 from mscs.params import Params
 from mscs.paths import RESULTS, resolve_all
 from mscs.results import read_json
@@ -55,13 +56,13 @@ class Revision:
         path = self.results(profile).root / "resolved.json"
         stored = read_json(path) if path.exists() else None
         try:
-            current = resolve_all(Params(self.params()), profile)
+            current = resolve_all(Params(self.params(), str(self.folder / "params.yaml")), profile)
         except UsageError as error:
             if stored is None:
                 raise
             return stored, f"{self.name}: resolved.json is used, params.yaml is of another version ({error})"
-        old, new = _named(stored or {}), _named(current)
-        stale = [name for name in new if name in old and old[name] != new[name]]
+        old, new, beside = _named(stored or {}), _named(current), {"info": None}  # decides no result
+        stale = [name for name in new if name in old and old[name] | beside != new[name] | beside]
         remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
         return current, remark
 
@@ -73,7 +74,8 @@ def open_revision(name: str) -> Iterator[Revision]:
         yield Revision("working tree", None, Path())
         return
     commit = resolve_commit(name)
-    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", "params.yaml", str(RESULTS))
+    read = ("params.yaml", str(NUMERICS), str(RESULTS))
+    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", *read)
     wanted = [path for path in listed.stdout.decode().split("\0") if path.endswith((".json", ".yaml"))]
     with tempfile.TemporaryDirectory(prefix="mscs-compare-") as folder:
         if wanted:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,8 @@ def test_powers_of_ten():
 
 
 def test_the_command_writes_all_formats(tmp_path, monkeypatch, capsys):
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["tables", "5"]) == 0
     folder = tmp_path / "results/mini/tables"
