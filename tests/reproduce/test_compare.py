@@ -102,7 +102,7 @@ def test_the_working_tree_and_experiments_are_revisions(clone, capsys):
     assert json.loads(capsys.readouterr().out)["second"] == {"name": "working tree", "commit": None}
 
 
-def test_a_raised_version_touches_the_runs_that_use_the_unit_and_logging_none_in_earnest(clone):
+def test_a_raised_version_touches_the_runs_that_use_the_unit(clone):
     text = Path("numerics.yaml").read_text()
     Path("numerics.yaml").write_text(text.replace("hrnet: {version: 1", "hrnet: {version: 2"))
     found = document_of("main", ".")
@@ -112,7 +112,8 @@ def test_a_raised_version_touches_the_runs_that_use_the_unit_and_logging_none_in
     assert all(run["settings"] == {"numerics.hrnet": [1, 2]} for run in found["runs"].values())
     git("checkout", "-q", "numerics.yaml")
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("log_every: 4 ", "log_every: 5 "))
+    assert "log_every: 4\n" in text
+    Path("params.yaml").write_text(text.replace("log_every: 4\n", "log_every: 5\n"))
     assert document_of("main", ".")["remarks"] == []
 
 
