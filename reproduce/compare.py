@@ -21,7 +21,6 @@ from mscs.errors import UsageError
 from mscs.numerics import FILE as NUMERICS
 from mscs.params import Params
 from mscs.paths import RESULTS, resolve_all
-from mscs.results import read_json
 from reproduce.cells import Cell, cells
 from reproduce.rendering import markdown_page, markdown_table, render
 from reproduce.tables import Results, standard_error
@@ -53,15 +52,14 @@ class Revision:
 
         params.yaml is resolved by today's rules; where they do not fit it, its resolved.json has to do.
         """
-        path = self.results(profile).root / "resolved.json"
-        stored = read_json(path) if path.exists() else None
+        stored = self.results(profile).resolved
         try:
             current = resolve_all(Params(self.params(), str(self.folder / "params.yaml")), profile)
         except UsageError as error:
-            if stored is None:
+            if not stored:
                 raise
             return stored, f"{self.name}: resolved.json is used, params.yaml is of another version ({error})"
-        old, new, beside = _named(stored or {}), _named(current), {"info": None}  # decides no result
+        old, new, beside = _named(stored), _named(current), {"info": None}  # decides no result
         stale = [name for name in new if name in old and old[name] | beside != new[name] | beside]
         remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
         return current, remark
@@ -159,9 +157,8 @@ def _scores(run: str, first: Results, second: Results) -> dict[str, Any]:
 
 def _digest(dataset: str, *results: Results) -> bool:
     """Return whether a dataset's files differ, as far as both sides know."""
-    paths = [one.root / "data" / f"{dataset}.json" for one in results]
-    known = [read_json(path).get("digest") for path in paths if path.exists()]
-    return len(known) == 2 and known[0] != known[1]
+    first, second = (one.read(f"data/{dataset}.json").get("digest") for one in results)
+    return None not in (first, second) and first != second
 
 
 def _cell_row(cell: Cell, first: Results, second: Results) -> dict[str, Any]:
@@ -186,8 +183,7 @@ def _value(results: Results, cell: Cell) -> float | str | None:
     if cell.read != "parameters":
         return results.value(cell).number
     # counted when the tables were written: another revision's networks cannot be built here
-    path = results.root / "tables" / f"{cell.table}.json"
-    return read_json(path).get(cell.row, {}).get("parameters") if path.exists() else None
+    return results.read(f"tables/{cell.table}.json").get(cell.row, {}).get("parameters")
 
 
 def cell_error(cell: Cell, *results: Results) -> float | None:

@@ -42,14 +42,14 @@ def write_report(profile: str, folder: Path) -> None:
     losses = {pair: [results.seed_files(run, "losses.csv") for run in pair] for pair in pairs}
     curves = {pair: draw_losses(*files) for pair, files in losses.items()}
     pictures = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
-    separation = _read(folder / "figures" / "fig1.json")
+    separation = results.read("figures/fig1.json")
     facts = {
         "profile": profile,
         "stamp": results.stamp,
         "summary": summarise(tables),
         "tables": tables,
         "missing": [name for name in TABLES if label(name) not in {table["name"] for table in tables}],
-        "memory": _read(folder / "memory.json"),
+        "memory": results.read("memory.json"),
         "memory_cells": [cell for cell in cells("2a") if cell.read == "memory"],
         "settings_stamp": settings_tables.stamp(params),
         "settings": settings_views(params),
@@ -57,7 +57,7 @@ def write_report(profile: str, folder: Path) -> None:
         "figures": {name: _address(path.read_bytes(), "png") for name, path in pictures.items()},
         "picture": separation.get("picture"),
         "separation": {run: spaces for run, spaces in separation.items() if run not in ("points", "picture")},
-        "sheets": _read(folder / "figures" / "qualitative.json"),
+        "sheets": results.read("figures/qualitative.json"),
         "curves": [
             {"title": _pair_name(pair), "address": _address(found[0], "svg+xml"), "last": found[1]}
             for pair, found in curves.items()
@@ -227,7 +227,3 @@ def ledger_entries(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, s
         for row in ledger.rows(run, record.get("settings", {}).get("recipe", "paper"))
     }
     return [found[row["id"]] for row in ledger.rows() if row["id"] in found]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

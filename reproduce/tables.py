@@ -79,11 +79,15 @@ class Results:
         found = {int(path.name[5:]): path / name for path in folders if re.fullmatch(r"seed-\d+", path.name)}
         return [found[n] for n in sorted(found) if found[n].exists() and (seeds is None or n in seeds)]
 
+    def read(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file of the profile; empty where there is none."""
+        path = self.root / name
+        return read_json(path) if path.exists() else {}
+
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """The content of resolved.json; empty where there is none."""
-        path = self.root / "resolved.json"
-        return read_json(path) if path.exists() else {}
+        """The settings of all runs."""
+        return self.read("resolved.json")
 
     def evaluation(self, run: str) -> dict[str, Any] | None:
         """Return the scores of all seeds of a run in one record, or None where it has not been run."""
@@ -120,8 +124,7 @@ class Results:
         if cell.read == "parameters":
             return Value(parameter_count(self.params, cell.run) / 1e6, None, 1)
         if cell.read == "memory":
-            path = self.root / "memory.json"
-            found = read_json(path).get("runs", {}).get(cell.run) if path.exists() else None
+            found = self.read("memory.json").get("runs", {}).get(cell.run)
             return Value(found["dense_gb"] if found else None, None, 1)
         ours = self.score(cell.run, cell.read)
         if cell.over is None or not isinstance(ours.number, float):
