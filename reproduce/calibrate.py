@@ -58,6 +58,14 @@ def find(name: str) -> Checkpoint:
     return CHECKPOINTS[name]
 
 
+def listing() -> str:
+    """Return the list as text, a line each."""
+    return "\n".join(
+        f"{name:17} mIoU {dict(entry.published)}  {entry.url}  SHA-256 {entry.sha256 or 'not published'}"
+        for name, entry in CHECKPOINTS.items()
+    )
+
+
 def calibrate(
     checkpoint: Checkpoint,
     weights: Path,

@@ -1,4 +1,4 @@
-"""Every cell of Tables 1 to 3: where it stands, what the paper prints, which run fills it."""
+"""What the paper shows: every cell of Tables 1 to 3, what it prints and which run fills it; the figures."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +11,14 @@ import yaml
 from mscs.errors import UsageError, unknown_name
 
 TABLES = ("1a", "1b", "2a", "2b", "3")
+TSNE_RUNS = ("cityscapes-upernet-r101-ce", "cityscapes-upernet-r101-ours")
+"""What Fig. 1 shows."""
+FIGURE_RUNS = {
+    "fig2": ("ade20k-upernet-swins-ce", "ade20k-upernet-swins-ours"),
+    "fig3": ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours"),
+    "fig4": ("cadis-ocrnet-r50-ce", "cadis-ocrnet-r50-ours"),
+}
+"""The pair of runs that each of the other figures shows."""
 
 Read = Literal["ss", "ms", "memory", "parameters"]
 

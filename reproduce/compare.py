@@ -1,12 +1,11 @@
 """What changed between two commits: params, the runs they touch, the cells that moved, and what stayed.
 
 A revision is anything git knows (commit, branch, tag), the name of a DVC experiment, or "." for the working
-tree. Only params.yaml and the small result files are read, so a clone without data is enough.
+tree. Only params.yaml, numerics.yaml and the small result files are read, so a clone without data is enough.
 """
 
 import io
 import json
-import math
 import subprocess
 import tempfile
 import zipfile
@@ -19,13 +18,12 @@ from typing import Any
 import yaml
 
 from mscs.errors import UsageError
+from mscs.numerics import FILE as NUMERICS
 from mscs.params import Params
 from mscs.paths import RESULTS, resolve_all
-from mscs.results import read_json
 from reproduce.cells import Cell, cells
 from reproduce.rendering import markdown_page, markdown_table, render
-from reproduce.tables import Results
-from reproduce.verify import standard_error
+from reproduce.tables import Results, standard_error
 
 WORKING_TREE = "."
 
@@ -54,16 +52,15 @@ class Revision:
 
         params.yaml is resolved by today's rules; where they do not fit it, its resolved.json has to do.
         """
-        path = self.results(profile).root / "resolved.json"
-        stored = read_json(path) if path.exists() else None
+        stored = self.results(profile).resolved
         try:
-            current = resolve_all(Params(self.params()), profile)
+            current = resolve_all(Params(self.params(), str(self.folder / "params.yaml")), profile)
         except UsageError as error:
-            if stored is None:
+            if not stored:
                 raise
             return stored, f"{self.name}: resolved.json is used, params.yaml is of another version ({error})"
-        old, new = _named(stored or {}), _named(current)
-        stale = [name for name in new if name in old and old[name] != new[name]]
+        old, new, beside = _named(stored), _named(current), {"info": None}  # decides no result
+        stale = [name for name in new if name in old and old[name] | beside != new[name] | beside]
         remark = f"{self.name}: params.yaml changed after its results: {', '.join(stale)}" if stale else None
         return current, remark
 
@@ -75,7 +72,8 @@ def open_revision(name: str) -> Iterator[Revision]:
         yield Revision("working tree", None, Path())
         return
     commit = resolve_commit(name)
-    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", "params.yaml", str(RESULTS))
+    read = ("params.yaml", str(NUMERICS), str(RESULTS))
+    listed = _git("ls-tree", "-r", "--name-only", "-z", commit, "--", *read)
     wanted = [path for path in listed.stdout.decode().split("\0") if path.endswith((".json", ".yaml"))]
     with tempfile.TemporaryDirectory(prefix="mscs-compare-") as folder:
         if wanted:
@@ -159,9 +157,8 @@ def _scores(run: str, first: Results, second: Results) -> dict[str, Any]:
 
 def _digest(dataset: str, *results: Results) -> bool:
     """Return whether a dataset's files differ, as far as both sides know."""
-    paths = [one.root / "data" / f"{dataset}.json" for one in results]
-    known = [read_json(path).get("digest") for path in paths if path.exists()]
-    return len(known) == 2 and known[0] != known[1]
+    first, second = (one.read(f"data/{dataset}.json").get("digest") for one in results)
+    return None not in (first, second) and first != second
 
 
 def _cell_row(cell: Cell, first: Results, second: Results) -> dict[str, Any]:
@@ -186,15 +183,13 @@ def _value(results: Results, cell: Cell) -> float | str | None:
     if cell.read != "parameters":
         return results.value(cell).number
     # counted when the tables were written: another revision's networks cannot be built here
-    path = results.root / "tables" / f"{cell.table}.json"
-    return read_json(path).get(cell.row, {}).get("parameters") if path.exists() else None
+    return results.read(f"tables/{cell.table}.json").get(cell.row, {}).get("parameters")
 
 
 def cell_error(cell: Cell, *results: Results) -> float | None:
     """Return the standard error of the difference of a cell between results, None without enough seeds."""
     runs = [run for run in (cell.run, cell.over) if run is not None]
-    errors = [standard_error(one.score(run, cell.read)) for one in results for run in runs]
-    return None if None in errors else math.hypot(*errors)  # type: ignore[arg-type]
+    return standard_error(*(one.score(run, cell.read) for one in results for run in runs))
 
 
 def sections(document: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:

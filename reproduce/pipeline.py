@@ -7,25 +7,20 @@ evaluation depends on its own settings in resolved.json, which hold the versions
 """
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mscs.errors import UsageError
+from mscs.datasets.labels import DATASETS
+from mscs.errors import UsageError, unknown_name
 from mscs.params import Params
 from mscs.results import write_text
-from reproduce.cells import TABLES, cells, table_runs
+from reproduce.cells import FIGURE_RUNS, TABLES, TSNE_RUNS, cells, table_runs
 
 ROOT_FILE = Path("dvc.yaml")
 ROWS_FILE = Path("reproduce/rows/dvc.yaml")
-TSNE_RUNS = ("cityscapes-upernet-r101-ce", "cityscapes-upernet-r101-ours")
-FIGURE_RUNS = {
-    "fig2": ("ade20k-upernet-swins-ce", "ade20k-upernet-swins-ours"),
-    "fig3": ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours"),
-    "fig4": ("cadis-ocrnet-r50-ce", "cadis-ocrnet-r50-ours"),
-}
 FIGURES = {"fig1": "tsne", **dict.fromkeys(FIGURE_RUNS, "qualitative")}
 """The stage that draws each figure."""
 PROFILE = "${item.profile}"
@@ -113,32 +108,65 @@ class Pipeline:
 
     def stages_of(self, run: str) -> list[str]:
         """Return DVC's names of the stages of one run: train and evaluate, seed by seed."""
-        home = "" if run in default_runs(self.params) else f"{ROWS_FILE}:"
+        dataset, home = self.params.run_info(run)["dataset"], self._home(run in default_runs(self.params))
         return [
-            f"{home}{verb}_{self._group(run)}@{self.params.profile}-{run}-{seed}"
+            f"{home}{verb}_{dataset}_seed{seed}@{self.params.profile}-{run}"
             for seed in self.seeds[run]
             for verb in ("train", "evaluate")
         ]
 
-    def _group(self, run: str) -> str:
-        """Return what runs share a stage by: their dataset, and their seeds where these are special."""
-        dataset, seeds = self.params.run_info(run)["dataset"], self.seeds[run]
-        usual = next(iter(self.seeds.values()))
-        return dataset if seeds == usual else f"{dataset}_seeds_{'_'.join(map(str, seeds))}"
+    def data_stage(self, dataset: str) -> str:
+        """Return DVC's name of the stage of a dataset."""
+        home = self._home(dataset in self.datasets(default_runs(self.params)))
+        return f"{home}data@{self.params.profile}-{dataset}"
+
+    def wanted(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return DVC's names of the stages that some targets ask for, and the runs that these need trained.
+
+        Without targets that is everything but the rows: no stage by name, the runs of the report. Raises
+        UsageError for an unknown target.
+        """
+        found = [self._target(target) for target in targets]
+        stages = [stage for named, _ in found for stage in named]
+        runs = [run for _, needed in found for run in needed] if targets else default_runs(self.params)
+        return stages, list(dict.fromkeys(runs))
+
+    def _target(self, name: str) -> tuple[list[str], list[str]]:
+        params, profile = self.params, self.params.profile
+        if name in TABLES:
+            return [f"tables_{name}@{profile}"], table_runs(name)
+        if name in FIGURES:
+            return [f"{FIGURES[name]}@{profile}"], list(FIGURE_RUNS.get(name, TSNE_RUNS))
+        if name == "rows":
+            return [str(ROWS_FILE)], row_runs(params)
+        if name == "report":
+            return [f"report@{profile}"], default_runs(params)
+        if name in DATASETS:
+            return [self.data_stage(name)], []
+        if name in params.runs:
+            return self.stages_of(name)[1::2], [name]
+        accepted = [*TABLES, *FIGURES, *DATASETS, "rows", "report", *params.runs]
+        raise UsageError(unknown_name("target", name, accepted))
+
+    @staticmethod
+    def _home(default: bool) -> str:
+        """Return what DVC puts before the names of the stages of a file."""
+        return "" if default else f"{ROWS_FILE}:"
 
     def _jobs(self, runs: list[str]) -> dict[str, Any]:
-        """Return the train and evaluate stages, each a matrix over runs and seeds."""
-        groups: dict[str, list[str]] = {}
+        """Return the train and evaluate stages, each a matrix over the runs of one dataset and seed.
+
+        Neither a seed nor a run that is added changes the name of any other stage.
+        """
+        groups: dict[tuple[str, int], list[str]] = {}
         for run in runs:
-            groups.setdefault(self._group(run), []).append(run)
-        stages: dict[str, Any] = {}
-        for verb in ("train", "evaluate"):
-            for group, members in groups.items():
-                dataset = self.params.run_info(members[0])["dataset"]
-                stage = _job(verb, dataset)
-                stage["matrix"] |= {"run": members, "seed": list(self.seeds[members[0]])}
-                stages[f"{verb}_{group}"] = stage
-        return stages
+            for seed in self.seeds[run]:
+                groups.setdefault((self.params.run_info(run)["dataset"], seed), []).append(run)
+        return {
+            f"{verb}_{dataset}_seed{seed}": _job(verb, dataset, seed, members)
+            for verb in ("train", "evaluate")
+            for (dataset, seed), members in groups.items()
+        }
 
     def _results(self, runs: Iterable[str], name: str) -> list[str]:
         return [f"{RESULTS}/runs/{run}/seed-{seed}/{name}" for run in runs for seed in self.seeds[run]]
@@ -217,13 +245,15 @@ def _out(path: str, **options: Any) -> dict[str, Any]:
     return {path: {"cache": False, **options}}
 
 
-def _weights(run: str, seed: int | str) -> str:
+def _weights(run: str, seed: int) -> str:
     return f"work/{PROFILE}/runs/{run}/weights/seed-{seed}.safetensors"
 
 
-def _stage(verb: str, *axes: str, deps: list[str], **fields: Any) -> dict[str, Any]:
+def _stage(
+    verb: str, *axes: str, deps: list[str], matrix: Mapping[str, list[str]] | None = None, **fields: Any
+) -> dict[str, Any]:
     return {
-        "matrix": {},
+        "matrix": dict(matrix or {}),
         "cmd": " ".join(["reproduce/stage", verb, PROFILE, *axes]),
         "deps": sorted(deps),
         **fields,
@@ -236,20 +266,18 @@ def _resolve() -> dict[str, Any]:
 
 
 def _data(datasets: list[str]) -> dict[str, Any]:
-    stage = _stage(
+    return _stage(
         "data",
         "${item.dataset}",
         deps=["mscs/datasets/toy.py", "mscs/datasets/verify.py", "mscs/datasets/${item.dataset}.py"],
         params=[{RESOLVED: ["datasets.${item.dataset}"]}],
         outs=[_out(f"{RESULTS}/data/${{item.dataset}}.json")],
+        matrix={"dataset": datasets},
     )
-    stage["matrix"]["dataset"] = datasets
-    return stage
 
 
-def _job(verb: str, dataset: str) -> dict[str, Any]:
-    results = f"{RESULTS}/runs/${{item.run}}/seed-${{item.seed}}"
-    weights = _weights("${item.run}", "${item.seed}")
+def _job(verb: str, dataset: str, seed: int, runs: list[str]) -> dict[str, Any]:
+    results, weights = f"{RESULTS}/runs/${{item.run}}/seed-{seed}", _weights("${item.run}", seed)
     fields: dict[str, Any] = {"params": [{RESOLVED: [f"runs.${{item.run}}.{verb}"]}]}
     deps = [f"{RESULTS}/data/{dataset}.json"]
     if verb == "train":
@@ -260,4 +288,4 @@ def _job(verb: str, dataset: str) -> dict[str, Any]:
         deps.append(weights)
         fields["outs"] = [_out(f"{results}/confusion.json")]
         fields["metrics"] = [_out(f"{results}/evaluation.json")]
-    return _stage(verb, "${item.run}", "${item.seed}", deps=deps, **fields)
+    return _stage(verb, "${item.run}", str(seed), deps=deps, matrix={"run": runs}, **fields)

@@ -9,6 +9,7 @@ import heapq
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,12 @@ def saved_steps(settings: Settings, seed: int) -> int:
 def state(settings: Settings, seed: int) -> str:
     """Return "done", "trained" (not evaluated) or "to do", from the results of a seed that are there."""
     files = SeedFiles(settings.profile, settings.run, seed)
-    try:
-        if read_json(files.record).get("digest") != settings.digest():
-            return "to do"
-    except MscsError:
-        return "to do"
-    return "done" if files.evaluation.exists() else "trained"
+    with suppress(MscsError, KeyError):
+        record = read_json(files.record)
+        made_with = record["digest"], record["settings"]["numerics"]["train"]
+        if made_with == (settings.digest(), settings.numerics["train"]):
+            return "done" if files.evaluation.exists() else "trained"
+    return "to do"
 
 
 def measurement(settings: Settings, device: str) -> dict[str, Any] | None:

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mscs.blocks import keys
 from mscs.params import Params, load_params
 from mscs.results import read_json, write_text
+from mscs.settings import Loss, Settings
 from reproduce import ledger, settings_tables
-from reproduce.cells import TABLES, cells, table_block
+from reproduce.cells import FIGURE_RUNS, TABLES, TSNE_RUNS, cells, claims, table_block
 from reproduce.curves import draw_losses
 from reproduce.rendering import render
 from reproduce.tables import Results, directions, label, notes
@@ -33,20 +35,21 @@ NETWORKS = {
 def write_report(profile: str, folder: Path) -> None:
     """Write report.html into `folder`, the profile's results folder, from what lies there."""
     params, results = load_params(), Results(profile, folder.parent)
-    runs = sorted(path for path in (folder / "runs").glob("*") if path.is_dir())
-    records = {path.name: record for path in runs if (record := results.record(path.name))}
-    pairs = [(path, ours) for path in runs if (ours := _partner(path)) in runs and ours != path]
+    runs = sorted(path.name for path in (folder / "runs").glob("*") if path.is_dir())
+    records = {run: record for run in runs if (record := results.record(run))}
+    pairs = compared_runs(params, runs)
     tables = [table for name in TABLES if (table := read_table(name, results))]
-    curves = {_pair_name(ce): draw_losses(ce, ours) for ce, ours in pairs}
+    losses = {pair: [results.seed_files(run, "losses.csv") for run in pair] for pair in pairs}
+    curves = {pair: draw_losses(*files) for pair, files in losses.items()}
     pictures = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
-    separation = _read(folder / "figures" / "fig1.json")
+    separation = results.read("figures/fig1.json")
     facts = {
         "profile": profile,
         "stamp": results.stamp,
         "summary": summarise(tables),
         "tables": tables,
         "missing": [name for name in TABLES if label(name) not in {table["name"] for table in tables}],
-        "memory": _read(folder / "memory.json"),
+        "memory": results.read("memory.json"),
         "memory_cells": [cell for cell in cells("2a") if cell.read == "memory"],
         "settings_stamp": settings_tables.stamp(params),
         "settings": settings_views(params),
@@ -54,19 +57,41 @@ def write_report(profile: str, folder: Path) -> None:
         "figures": {name: _address(path.read_bytes(), "png") for name, path in pictures.items()},
         "picture": separation.get("picture"),
         "separation": {run: spaces for run, spaces in separation.items() if run not in ("points", "picture")},
-        "sheets": _read(folder / "figures" / "qualitative.json"),
+        "sheets": results.read("figures/qualitative.json"),
         "curves": [
-            {"title": title, "address": _address(found[0], "svg+xml"), "last": found[1]}
-            for title, found in curves.items()
+            {"title": _pair_name(pair), "address": _address(found[0], "svg+xml"), "last": found[1]}
+            for pair, found in curves.items()
             if found
         ],
-        "class_tables": [view for ce, ours in pairs if (view := class_table(results, ce.name, ours.name))],
+        "class_tables": [view for pair in pairs if (view := class_table(results, *pair))],
         "records": records,
         "scores": {run: results.score(run, "ss").number for run in records},
         "provenance": provenance(folder, list(records.values())),
-        "ledger": ledger_entries({path.name: records.get(path.name, {}) for path in runs}),
+        "ledger": ledger_entries({run: records.get(run, {}) for run in runs}),
     }
     write_text(folder / "report.html", render("report.html.j2", facts))
+
+
+def compared_runs(params: Params, runs: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the pairs among `runs` of cross-entropy and the paper's loss that differ in the loss alone.
+
+    Where several projectors were tried, the one of a figure or a claim, else the first in params.yaml.
+    """
+    settings = {run: params.resolve(run, "paper").settings for run in params.runs if run in runs}
+    chosen = {*FIGURE_RUNS.values(), TSNE_RUNS, *((claim.worse, claim.better) for claim in claims())}
+    rest = {run: _without_loss(found) for run, found in settings.items()}
+    pairs = []
+    for ce in (run for run in settings if settings[run].loss.name == "ce"):
+        fits = [run for run in settings if settings[run].loss.name == "ours" and rest[run] == rest[ce]]
+        if fits:
+            pairs.append((ce, max(fits, key=lambda run: (ce, run) in chosen)))
+    return pairs
+
+
+def _without_loss(settings: Settings) -> dict[str, Any]:
+    """Return what decides a training beside its loss."""
+    ignored = {*keys(Loss), "run", "numerics"}
+    return {key: value for key, value in settings.identity("train").items() if key not in ignored}
 
 
 def read_table(name: str, results: Results) -> dict[str, Any] | None:
@@ -91,17 +116,17 @@ def read_table(name: str, results: Results) -> dict[str, Any] | None:
             )
             for line in lines
         ],
-        "directions": directions(name, results),
+        "directions": directions(results, name),
         "notes": notes(name),
     }
 
 
 def summarise(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return how many reported directions hold, and how many cells have which status."""
-    verdicts = Counter(verdict for table in tables for _, _, verdict in table["directions"])
+    verdicts = Counter(found.status for table in tables for found in table["directions"])
     statuses = Counter(cell[-1] for table in tables for _, row in table["rows"] for cell in row if cell[-1])
     return {
-        "hold": verdicts["as in the paper"],
+        "hold": verdicts["holds"],
         "measured": verdicts.total() - verdicts["not run"],
         "claimed": verdicts.total(),
         "statuses": statuses.most_common(),
@@ -135,7 +160,7 @@ def class_table(results: Results, baseline: str, ours: str) -> dict[str, Any] | 
         if a is not None or b is not None
     ]
     return {
-        "title": _pair_name(Path(baseline)),
+        "title": _pair_name((baseline, ours)),
         "rows": rows,
         "mean": ["mean", *_compared(*(record["ss"]["miou"] for record in found))],
     }
@@ -156,13 +181,8 @@ def _number(value: float | None) -> str:
     return BLANK if value is None else f"{value:.1f}"
 
 
-def _partner(run: Path) -> Path:
-    """Return the run with the contrastive loss that a cross-entropy run is compared with."""
-    return run.with_name("-".join("ours" if part == "ce" else part for part in run.name.split("-")))
-
-
-def _pair_name(baseline: Path) -> str:
-    return "-".join(part for part in baseline.name.split("-") if part != "ce")
+def _pair_name(pair: tuple[str, str]) -> str:
+    return " and ".join(pair)
 
 
 def provenance(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -207,7 +227,3 @@ def ledger_entries(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, s
         for row in ledger.rows(run, record.get("settings", {}).get("recipe", "paper"))
     }
     return [found[row["id"]] for row in ledger.rows() if row["id"] in found]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -35,10 +34,14 @@ Number = Callable[[float], str]
 
 
 def settings_rows(table: str, params: Params) -> list[Settings]:
-    """Return the settings behind each row of a table, in params.yaml's order: those of the row's CE run."""
-    schedules: dict[str, Any] = yaml.safe_load(Path("params.yaml").read_text())["schedules"]
-    prefix = f"{DATASETS[table][0]}-"
-    return [params.resolve(f"{name}-ce", "paper").settings for name in schedules if name.startswith(prefix)]
+    """Return the settings behind each row of a table: of the first CE run of each schedule, in file order."""
+    schedules = list(yaml.safe_load(Path("params.yaml").read_text())["schedules"])
+    runs = [run for run in params.runs if params.run_info(run)["dataset"] == DATASETS[table][0]]
+    rows: dict[str, Settings] = {}
+    for settings in (params.resolve(run, "paper").settings for run in runs):
+        if settings.loss.name == "ce":
+            rows.setdefault(settings.schedule.name, settings)
+    return [rows[name] for name in schedules if name in rows]
 
 
 def title(table: str) -> str:

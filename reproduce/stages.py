@@ -25,7 +25,8 @@ from mscs.paths import (
     resolved_path,
 )
 from mscs.results import read_json, write_json
-from reproduce.pipeline import FIGURE_RUNS, TSNE_RUNS, Pipeline
+from reproduce.cells import FIGURE_RUNS, TSNE_RUNS
+from reproduce.pipeline import Pipeline
 from reproduce.runtime import run_in_container, wants_container
 
 if TYPE_CHECKING:

@@ -1,6 +1,8 @@
 """Result files -> the paper's tables with its values beside ours: Markdown, CSV, LaTeX, JSON."""
 
 import itertools
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,12 +44,28 @@ class Filled:
     status: str
 
 
+@dataclass(frozen=True)
+class Direction:
+    """A claimed direction as measured: the gap in points, its standard error, seeds, and the verdict."""
+
+    claim: Claim
+    gap: float | None
+    error: float | None
+    n: int
+    status: str
+
+
 class Results:
     """Results of one profile, read when asked for; a missing file is an empty value."""
 
     def __init__(self, profile: str, root: Path = RESULTS):
         self.profile = profile
         self.root = root / profile
+
+    @cached_property
+    def params(self) -> Params:
+        """The project's params.yaml."""
+        return load_params()
 
     @property
     def stamp(self) -> str:
@@ -56,16 +74,20 @@ class Results:
 
     def seed_files(self, run: str, name: str) -> list[Path]:
         """Return the files called `name` of a run's seeds, as far as they are there."""
-        found = (self.root / "runs" / run).glob(f"seed-*/{name}")
         seeds = self.resolved.get("runs", {}).get(run, {}).get("info", {}).get("seeds")
-        wanted = None if seeds is None else {f"seed-{seed}" for seed in seeds}
-        return sorted(path for path in found if wanted is None or path.parent.name in wanted)
+        folders = (self.root / "runs" / run).glob("seed-*")
+        found = {int(path.name[5:]): path / name for path in folders if re.fullmatch(r"seed-\d+", path.name)}
+        return [found[n] for n in sorted(found) if found[n].exists() and (seeds is None or n in seeds)]
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file of the profile; empty where there is none."""
+        path = self.root / name
+        return read_json(path) if path.exists() else {}
 
     @cached_property
     def resolved(self) -> dict[str, Any]:
-        """The content of resolved.json; empty where there is none."""
-        path = self.root / "resolved.json"
-        return read_json(path) if path.exists() else {}
+        """The settings of all runs."""
+        return self.read("resolved.json")
 
     def evaluation(self, run: str) -> dict[str, Any] | None:
         """Return the scores of all seeds of a run in one record, or None where it has not been run."""
@@ -100,10 +122,9 @@ class Results:
         if cell.run is None:
             return Value(None)
         if cell.read == "parameters":
-            return Value(parameter_count(load_params(), cell.run) / 1e6, None, 1)
+            return Value(parameter_count(self.params, cell.run) / 1e6, None, 1)
         if cell.read == "memory":
-            path = self.root / "memory.json"
-            found = read_json(path).get("runs", {}).get(cell.run) if path.exists() else None
+            found = self.read("memory.json").get("runs", {}).get(cell.run)
             return Value(found["dense_gb"] if found else None, None, 1)
         ours = self.score(cell.run, cell.read)
         if cell.over is None or not isinstance(ours.number, float):
@@ -139,15 +160,28 @@ class Results:
             return "no published value"
         if not cell.judged:
             return "cited, not judged" if "cited" in cell.source else "not judged"
-        return "reproduced" if abs(difference) <= TOLERANCES[cell.run.split("-")[0]] else "off"
+        tolerance = TOLERANCES[self.params.run_info(cell.run)["dataset"]]
+        return "reproduced" if abs(difference) <= tolerance else "off"
 
-    def claim(self, claim: Claim) -> tuple[float | None, str]:
-        """Return the measured gap of a claimed direction, and whether it holds."""
+    def direction(self, claim: Claim) -> Direction:
+        """Return what was measured of a claimed direction, judged by the rule of `reproduce.verify`."""
         better, worse = self.score(claim.better, claim.read), self.score(claim.worse, claim.read)
         if not (isinstance(better.number, float) and isinstance(worse.number, float)):
-            return None, "not run"
-        gap = better.number - worse.number
-        return gap, "as in the paper" if gap > 0 else "the other way round"
+            return Direction(claim, None, None, 0, "not run")
+        gap, error = better.number - worse.number, standard_error(better, worse)
+        if error is None:
+            status = f"{'same' if gap > 0 else 'opposite'} sign, not enough seeds"
+        elif abs(gap) <= 2 * error:
+            status = "within seed noise"
+        else:
+            status = "holds" if gap > 0 else "contradicted"
+        return Direction(claim, gap, error, min(better.n, worse.n), status)
+
+
+def standard_error(*values: Value) -> float | None:
+    """Return the standard error of a difference of means over seeds (or of one); None for a single seed."""
+    errors = [value.std / math.sqrt(value.n) for value in values if value.std is not None and value.n > 1]
+    return math.hypot(*errors) if len(errors) == len(values) else None
 
 
 def parameter_count(params: Params, run: str) -> int:
@@ -174,11 +208,9 @@ def label(table: str) -> str:
     return f"Table {table[0]}" + (f"({table[1:]})" if len(table) > 1 else "")
 
 
-def directions(table: str, results: Results) -> list[tuple[str, float | None, str]]:
-    """Return text, measured gap and verdict of each direction that a table claims; none in profile mini."""
-    if results.profile == "mini":
-        return []
-    return [(claim.text, *results.claim(claim)) for claim in claims(table)]
+def directions(results: Results, *tables: str) -> list[Direction]:
+    """Return the directions that some tables, or all, claim, as measured; none in profile mini."""
+    return [] if results.profile == "mini" else [results.direction(claim) for claim in claims(*tables)]
 
 
 def write_table(table: str, results: Results) -> None:
@@ -187,9 +219,9 @@ def write_table(table: str, results: Results) -> None:
     grid = header(block), body(table, results)
     path = results.root / "tables" / f"{table}.md"
     title = f"{label(table)}. {block['title']}"
-    found = directions(table, results)
+    found = directions(results, table)
     judged = [
-        f"{text}: {verdict}" + (f" ({gap:+.1f})" if gap is not None else "") for text, gap, verdict in found
+        f"{one.claim.text}: {one.status}" + ("" if one.gap is None else f" ({one.gap:+.1f})") for one in found
     ]
     parts = markdown_list("Directions that the paper reports:", judged), markdown_list("Notes:", notes(table))
     write_text(path, markdown_page(f"### {title}", f"*{results.stamp}*", markdown_table(*grid), *parts))
@@ -235,7 +267,7 @@ def notes(table: str) -> list[str]:
     return [*table_block(table).get("notes", ()), *of_cells]
 
 
-def as_metrics(table: str, results: Results, found: list[tuple[str, float | None, str]]) -> dict[str, Any]:
+def as_metrics(table: str, results: Results, found: list[Direction]) -> dict[str, Any]:
     """Return our values by row and column, for `dvc metrics diff`."""
     metrics: dict[str, Any] = {}
     for row in table_block(table)["rows"]:
@@ -243,5 +275,5 @@ def as_metrics(table: str, results: Results, found: list[tuple[str, float | None
             number = results.value(cell).number
             if number is not None:
                 metrics.setdefault(cell.row, {})[key] = number
-    gaps = {text: gap for text, gap, _ in found if gap is not None}
+    gaps = {one.claim.text: one.gap for one in found if one.gap is not None}
     return {**metrics, "directions": gaps} if gaps else metrics

@@ -8,14 +8,13 @@ is no measurement of the paper's own (`judged: false` in paper.yaml) is shown an
 no direction is judged: its cells say what ran.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reproduce.cells import Claim, cells, claims
+from reproduce.cells import cells
 from reproduce.rendering import markdown_page, markdown_table
-from reproduce.tables import Results, Value
+from reproduce.tables import Results, directions, standard_error
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,14 @@ class Outcome:
 def verify(results: Results) -> Outcome:
     """Compare all cells and claims of one profile with the paper."""
     cell_rows = [_cell_row(results, cell) for cell in cells() if cell.run is not None]
-    mini = results.profile == "mini"
-    claim_rows = [] if mini else [_claim_row(results, claim) for claim in claims()]
-    failed = not mini and (
-        any(row["status"] == "not reproduced" for row in cell_rows)
-        or any(row["status"] == "contradicted" for row in claim_rows)
-    )
+    claim_rows = [
+        {"table": one.claim.table, **vars(one), "claim": one.claim.text} for one in directions(results)
+    ]
+    statuses = {row["status"] for row in [*cell_rows, *claim_rows]}
+    failed = results.profile != "mini" and not statuses.isdisjoint({"not reproduced", "contradicted"})
     facts = {"profile": results.profile, "stamp": results.stamp}
     document = {**facts, "claims": claim_rows, "cells": cell_rows}
     return Outcome(results.root / "verify", document, _markdown(results, cell_rows, claim_rows), int(failed))
-
-
-def standard_error(value: Value) -> float | None:
-    """Return the standard error of a mean over seeds; None for a single seed."""
-    return value.std / math.sqrt(value.n) if value.std is not None and value.n > 1 else None
 
 
 def _cell_row(results: Results, cell: Any) -> dict[str, Any]:
@@ -64,22 +57,6 @@ def _cell_row(results: Results, cell: Any) -> dict[str, Any]:
         "n": filled.ours.n,
         "status": status,
     }
-
-
-def _claim_row(results: Results, claim: Claim) -> dict[str, Any]:
-    better, worse = results.score(claim.better, claim.read), results.score(claim.worse, claim.read)
-    row: dict[str, Any] = {"table": claim.table, "claim": claim.text, "gap": None, "error": None}
-    if not (isinstance(better.number, float) and isinstance(worse.number, float)):
-        return {**row, "status": "not run"}
-    gap = better.number - worse.number
-    errors = (standard_error(better), standard_error(worse))
-    error = math.hypot(*errors) if None not in errors else None  # type: ignore[arg-type]
-    certain = error is not None and abs(gap) > 2 * error
-    direction = "holds" if gap > 0 else "contradicted"
-    status = direction if certain else f"{'same' if gap > 0 else 'opposite'} sign, not enough seeds"
-    if error is not None and not certain:
-        status = "within seed noise"
-    return {**row, "gap": gap, "error": error, "n": min(better.n, worse.n), "status": status}
 
 
 def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: list[dict[str, Any]]) -> str:

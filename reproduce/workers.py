@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mscs.errors import UsageError
-from reproduce import pipeline
 from reproduce.pipeline import Pipeline
 
 DVC = (sys.executable, "-m", "dvc")
@@ -48,12 +49,7 @@ def visible_gpus() -> list[str]:
 
 def upstream(plan: Pipeline, runs: Sequence[str]) -> list[str]:
     """Return the stages that several runs share: the settings and the data."""
-    profile = plan.params.profile
-    home = plan.datasets(pipeline.default_runs(plan.params))
-    names = [f"resolve@{profile}"]
-    for dataset in plan.datasets(runs):
-        names.append(f"{'' if dataset in home else f'{pipeline.ROWS_FILE}:'}data@{profile}-{dataset}")
-    return names
+    return [f"resolve@{plan.params.profile}", *map(plan.data_stage, plan.datasets(runs))]
 
 
 def changed(environment: Mapping[str, str]) -> set[str]:
@@ -80,26 +76,22 @@ def side_by_side(
     if code:
         return code
     stale = changed(base)
-    pairs = [pair for run in runs for pair in _pairs(plan.stages_of(run))]
-    waiting: Iterator[tuple[str, str]] = iter([pair for pair in pairs if stale & set(pair)])
+    stages = [stage for run in runs for stage in plan.stages_of(run)]
+    waiting = deque(pair for pair in zip(stages[::2], stages[1::2], strict=True) if stale & set(pair))
     failures: list[int] = []
-    lock, stop = threading.Lock(), threading.Event()
-
-    def next_pair() -> tuple[str, str] | None:
-        with lock:
-            return None if stop.is_set() else next(waiting, None)
 
     def work(own: Mapping[str, str]) -> None:
-        while (pair := next_pair()) is not None:
-            for stage in pair:
-                command = [*DVC, "--wait-for-lock", "repro", "--single-item", stage]
-                code = subprocess.run(command, check=False, env={**base, **own}).returncode
-                if code:
-                    failures.append(code)
-                    if not keep_going:
-                        stop.set()
-                    print(f"{stage} failed with exit code {code}", file=sys.stderr)
-                    break
+        with suppress(IndexError):  # when none is waiting any more
+            while True:
+                for stage in waiting.popleft():
+                    command = [*DVC, "--wait-for-lock", "repro", "--single-item", stage]
+                    code = subprocess.run(command, check=False, env={**base, **own}).returncode
+                    if code:
+                        failures.append(code)
+                        if not keep_going:
+                            waiting.clear()
+                        print(f"{stage} failed with exit code {code}", file=sys.stderr)
+                        break
 
     threads = [threading.Thread(target=work, args=(own,)) for own in workers]
     for thread in threads:
@@ -108,11 +100,6 @@ def side_by_side(
         for thread in threads:
             thread.join()
     except KeyboardInterrupt:
-        stop.set()
+        waiting.clear()
         raise
     return failures[0] if failures else 0
-
-
-def _pairs(stages: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (train, evaluate) of each seed."""
-    return zip(stages[::2], stages[1::2], strict=True)

@@ -1,8 +1,8 @@
 """README and docs/ keep their word: links, paths, names, commands and Python blocks are all checked.
 
 Commands are parsed by the programs' own parsers. Those that only print or write small files are run, in an
-empty folder with params.yaml; those that read the history run in a clone, those that train mini or measure in
-a copy with a still smaller mini (both slow). What needs real data, weights or a GPU is only parsed; the
+empty folder with the settings; those that read the history run in a clone, those that train mini or measure
+in a copy with a still smaller mini (both slow). What needs real data, weights or a GPU is only parsed; the
 containers have tests of their own. A Python block that takes seconds says ```python slow.
 """
 
@@ -27,10 +27,9 @@ from mscs.cli import build_parser
 from mscs.cli import main as mscs_main
 from mscs.params import load_params, parse_overrides
 from reproduce import calibrate, ledger, pipeline, tables
-from reproduce.__main__ import build_parser as build_reproduce_parser
-from reproduce.__main__ import main as reproduce_main
-from reproduce.__main__ import stages_of
 from reproduce.cells import TABLES
+from reproduce.cli import build_parser as build_reproduce_parser
+from reproduce.cli import main as reproduce_main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
@@ -169,7 +168,7 @@ def tracked():
 def stage_names():
     """Return DVC's name of every stage, group and file, in both profiles."""
     names = set()
-    for path, document in pipeline.build(params()).items():
+    for path, document in pipeline.Pipeline(params()).files().items():
         prefix = "" if path == pipeline.ROOT_FILE else f"{path}:"
         names.add(str(path))
         for stage, body in document["stages"].items():
@@ -290,8 +289,8 @@ def check_reproduce(arguments, inline):
     args = parse(build_reproduce_parser(), arguments, inline)
     if args is None:
         return
-    for target in getattr(args, "target", ()):
-        assert set(stages_of(target, params())) <= stage_names()
+    stages, _ = pipeline.Pipeline(params()).wanted(getattr(args, "target", ()))
+    assert set(stages) <= stage_names()
     for table in getattr(args, "table", ()):
         assert table in (*TABLES, "4", "5", "6", "7")
     if getattr(args, "run", None) is not None:
@@ -375,7 +374,8 @@ def runs_at_once(command):
 
 @pytest.mark.parametrize("command", filter(runs_at_once, COMMANDS), ids=str)
 def test_harmless_command_runs(command, tmp_path, monkeypatch, capsys):
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     main = {"mscs": mscs_main, "reproduce": reproduce_main}[command.program]
     try:
@@ -492,9 +492,8 @@ def test_reproduce_counts_runs_and_steps():
     groups = {"default": pipeline.default_runs(params()), "rows": pipeline.row_runs(params())}
     for name, runs in groups.items():
         for dataset in DATASETS:
-            steps = [
-                params().resolve(run, "paper").settings.steps for run in runs if run.startswith(f"{dataset}-")
-            ]
+            found = [params().resolve(run, "paper").settings for run in runs]
+            steps = [settings.schedule.steps for settings in found if settings.data.name == dataset]
             if steps:
                 assert f"| {name} | {dataset} | {len(steps)} | {sum(steps) // 1000}K |" in text
 

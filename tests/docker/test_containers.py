@@ -115,7 +115,7 @@ def foreign(project):
 
 def outputs(project, run):
     """Return the bytes of what a run must reproduce: metrics, scores, curves, weights."""
-    results, work = (project / folder / "mini/runs" / run for folder in ("results", "work"))
+    results, work = project / "results/mini/runs" / run / "seed-0", project / "work/mini/runs" / run
     names = ("train.json", "losses.csv", "evaluation.json", "confusion.json")
     found = {name: (results / name).read_bytes() for name in names if (results / name).exists()}
     for path in (work / "weights").iterdir():  # tensors only: the order of a safetensors header is by chance
@@ -150,7 +150,7 @@ def test_compose_trains_and_scores_a_mini_run_as_a_native_one(project):
     compose(project, "train", RUN)
     compose(project, "evaluate", RUN)
     assert not foreign(project)
-    record = json.loads((project / f"results/mini/runs/{RUN}/run.json").read_text())
+    record = json.loads((project / f"results/mini/runs/{RUN}/seed-0/run.json").read_text())
     assert record["image"].startswith("train/commit-")
     head = ["git", "-c", "safe.directory=*", "-C", project, "rev-parse", "HEAD"]
     commit = subprocess.run(head, capture_output=True, text=True, check=True)
@@ -222,17 +222,17 @@ def long_run(project):
     assert native(project, "reproduce.stages", "resolve", "mini").returncode == 0
     path = project / "results/mini/resolved.json"
     document = json.loads(path.read_text())
-    document[LONG_RUN]["train"]["steps"] = 20
+    document["runs"][LONG_RUN]["train"]["steps"] = 20
     path.write_text(json.dumps(document))
     return project
 
 
 def test_a_killed_container_saves_and_goes_on_exactly(engine, long_run, monkeypatch):
-    stage = [sys.executable, "-m", "reproduce.stages", "train", "mini", LONG_RUN]
+    stage = [sys.executable, "-m", "reproduce.stages", "train", "mini", LONG_RUN, "0"]
     for name in ("MSCS_IN_CONTAINER", "MSCS_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MSCS_RUNTIME", "docker")
-    name = f"mscs-{LONG_RUN}"
+    name = f"mscs-{LONG_RUN}-0"
     with subprocess.Popen(
         stage, cwd=long_run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as started:
@@ -250,17 +250,17 @@ def test_a_killed_container_saves_and_goes_on_exactly(engine, long_run, monkeypa
 
     done = subprocess.run(stage, cwd=long_run, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    record = json.loads((long_run / f"results/mini/runs/{LONG_RUN}/run.json").read_text())
+    record = json.loads((long_run / f"results/mini/runs/{LONG_RUN}/seed-0/run.json").read_text())
     assert record["image"] == engine.images.get("mscs:train").id
     resumed = outputs(long_run, LONG_RUN)
-    done = native(long_run, "reproduce.stages", "train", "mini", LONG_RUN, MSCS_FRESH="1")
+    done = native(long_run, "reproduce.stages", "train", "mini", LONG_RUN, "0", MSCS_FRESH="1")
     assert done.returncode == 0, done.stderr
     assert outputs(long_run, LONG_RUN) == resumed
 
 
 def test_a_failing_stage_keeps_its_exit_code(long_run, monkeypatch):
     monkeypatch.setenv("MSCS_RUNTIME", "docker")
-    stage = [sys.executable, "-m", "reproduce.stages", "train", "mini", "no-such-run"]
+    stage = [sys.executable, "-m", "reproduce.stages", "train", "mini", "no-such-run", "0"]
     done = subprocess.run(stage, cwd=long_run, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "no run 'no-such-run'" in done.stderr

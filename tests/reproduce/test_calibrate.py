@@ -1,4 +1,5 @@
 import re
+import shutil
 import sys
 import types
 from dataclasses import replace
@@ -8,14 +9,14 @@ import pytest
 import torch
 from mscs.engine import build_network, open_dataset
 
+from mscs.build import network, open_dataset, protocol
 from mscs.distributed import World
 from mscs.errors import UsageError
-from mscs.evaluation import build_protocol, evaluate_model
+from mscs.evaluation import count_pixels
 from mscs.inference import Predictor
 from mscs.metrics import scores
 from mscs.models import build_model, count_parameters
 from reproduce import calibrate as module
-from reproduce.__main__ import main
 from reproduce.calibrate import (
     CHECKPOINTS,
     SegFormer,
@@ -25,6 +26,7 @@ from reproduce.calibrate import (
     find,
     judge,
 )
+from reproduce.cli import main
 
 ROOT = Path(__file__).parents[2]
 WORLD = World(0, 1, torch.device("cpu"))
@@ -77,7 +79,7 @@ def published_names(tensors):
 def small(params, tmp_path):
     """Return an entry with a narrow network, its weights under the published names, and the network."""
     entry = replace(CHECKPOINTS["upernet-swin-t"], overrides=SMALL)
-    model = build_network(checkpoint_settings(entry, params), 150, seed=1, projector=False)
+    model = network(checkpoint_settings(entry, params), 150, seed=1, projector=False)
     with torch.no_grad():
         model.aux_head.conv.bias.zero_()
     path = tmp_path / "weights.pth"
@@ -89,11 +91,14 @@ def test_a_checkpoint_scores_what_its_network_scores(small, params, generated):
     entry, path, model = small
     root = generated("ade20k")
     settings = checkpoint_settings(entry, params)
-    assert (settings.ms_merge, settings.absent_classes) == ("softmax", "skip")
-    predictor = Predictor(model, build_protocol(settings))
+    assert (settings.evaluation.multi_scale.ms_merge, settings.evaluation.absent_classes) == (
+        "softmax",
+        "skip",
+    )
+    predictor = Predictor(model, protocol(settings))
     dataset = open_dataset(settings, "val", root)
     expected = {
-        mode: scores(evaluate_model(predictor, dataset, settings, WORLD, multi_scale=mode == "ms"), "skip")[
+        mode: scores(count_pixels(predictor, dataset, settings, WORLD, multi_scale=mode == "ms"), "skip")[
             "miou"
         ]
         for mode in ("ss", "ms")
@@ -110,7 +115,8 @@ def test_a_checkpoint_scores_what_its_network_scores(small, params, generated):
 
 def test_the_command_says_whether_it_agrees(small, params, generated, tmp_path, monkeypatch, capsys):
     entry, path, _ = small
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(CHECKPOINTS, "small", entry)
     command = ["calibrate", "small", "--weights", str(path), "--data", str(generated("ade20k")), "--ss"]
@@ -135,9 +141,9 @@ def test_the_listed_networks_are_the_published_ones(name, millions, params):
     """Parameter counts of the Swin authors' README."""
     settings = checkpoint_settings(CHECKPOINTS[name], params)
     with torch.device("meta"):
-        model = build_model(settings.model, settings.backbone, 150, **settings.model_options)
+        model = build_model(settings.model.name, settings.model.backbone, 150, **settings.model.options)
     assert round(count_parameters(model) / 1e6) == millions
-    assert settings.model_options["ppm_upsample_first"] is False
+    assert settings.model.options["ppm_upsample_first"] is False
 
 
 @pytest.mark.slow
@@ -145,7 +151,7 @@ def test_the_listed_networks_are_the_published_ones(name, millions, params):
 def test_checkpoints_of_full_size_load(name, params, tmp_path):
     entry = CHECKPOINTS[name]
     settings = checkpoint_settings(entry, params)
-    model = build_network(settings, 150, seed=1, projector=False)
+    model = network(settings, 150, seed=1, projector=False)
     path = tmp_path / "weights.pth"
     torch.save({"state_dict": published_names(model.state_dict())}, path)
     loaded = module.load_model(entry, settings, 150, path).state_dict()
@@ -193,7 +199,9 @@ def test_segformer_comes_from_transformers(tmp_path, monkeypatch):
 
 
 def test_checkpoints_are_scored_at_the_size_they_were_trained_at(params):
-    sizes = {name: checkpoint_settings(entry, params).short_side for name, entry in CHECKPOINTS.items()}
+    sizes = {
+        name: checkpoint_settings(entry, params).evaluation.short_side for name, entry in CHECKPOINTS.items()
+    }
     assert {name: size for name, size in sizes.items() if size} == {
         "upernet-swin-t": 512,
         "upernet-swin-s": 512,

@@ -1,20 +1,22 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mscs.results import write_json
-from reproduce.__main__ import main
 from reproduce.cards import data_card, write_cards
+from reproduce.cli import main
 from reproduce.tables import MINI_STAMP, Results
 
+ROOT = Path(__file__).parents[2]
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
 
 
-def evaluation(miou, classes, ious):
-    seeds = {"0": {"miou": miou, "class_iou": ious}}
+def evaluation(seed, miou, classes, ious):
+    seeds = {str(seed): {"miou": miou, "class_iou": ious}}
     return {
-        "ss": {"miou": miou, "std": 0.5, "n": 3, "seeds": seeds},
+        "ss": {"seeds": seeds},
         "majority_miou": 1.5,
         "classes": classes,
     }
@@ -25,8 +27,9 @@ def results(tmp_path):
     """One evaluated run without a run record, and one checked dataset."""
     found = Results("mini", tmp_path)
     names = [f"class {i}" for i in range(8)]
-    document = evaluation(31.25, names, [90.0, 1.0, 80.0, None, 2.0, 70.0, 3.0, 60.0])
-    write_json(found.root / "runs" / RUN / "evaluation.json", document)
+    for seed, miou in enumerate((30.75, 31.25, 31.75)):
+        document = evaluation(seed, miou, names, [90.0, 1.0, 80.0, None, 2.0, 70.0, 3.0, 60.0])
+        write_json(found.root / "runs" / RUN / f"seed-{seed}" / "evaluation.json", document)
     manifest = {
         "dataset": "cadis",
         "generated": True,
@@ -49,7 +52,7 @@ def test_model_card_shows_scores_settings_sources_and_ledger(results, params):
     assert MINI_STAMP in text
     assert "| ss | 31.25 ± 0.50 | 3 |" in text
     assert "| 2b | HRNet / +ours / 8 | mIoU 40K | 81.5 | 31.2 ± 0.5 (n=3) |  | ran |" in text
-    steps = params.resolve(RUN, "mini").settings.steps
+    steps = params.resolve(RUN, "mini").settings.schedule.steps
     assert f"| steps | {steps} | supplement, Table 2(b)" in text
     assert "| weight-decay-cityscapes | 5e-05 |" in text
     assert "cadis-padding" not in text
@@ -76,7 +79,7 @@ def test_what_a_run_was_trained_with_wins_over_params(results, params):
         "image": None,
         "finished": "2026-01-01T00:00:00Z",
     }
-    write_json(results.root / "runs" / RUN / "run.json", record)
+    write_json(results.root / "runs" / RUN / "seed-0" / "run.json", record)
     text = write_cards(params, results)[0].read_text()
     assert "| lr | 0.123 |" in text
     assert "| weight-decay-cityscapes | 0.0005 |" in text  # what recipe code takes
@@ -100,6 +103,7 @@ def test_data_card_tells_generated_from_published(results, params):
 def test_the_command_counts_what_it_wrote(results, tmp_path, monkeypatch, capsys, params):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").symlink_to(tmp_path)
-    (tmp_path / "params.yaml").write_text((Path(__file__).parents[2] / "params.yaml").read_text())
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     assert main(["cards", "--profile", "mini"]) == 0
     assert capsys.readouterr().out.startswith("2 cards: ")

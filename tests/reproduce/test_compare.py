@@ -1,12 +1,14 @@
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from mscs.cli import resolve_all
 from mscs.params import load_params
-from reproduce.__main__ import main
+from mscs.paths import resolve_all
+from mscs.results import write_json
+from reproduce.cli import main
 from reproduce.compare import as_html, compare, differences, open_revision
 
 ROOT = Path(__file__).parents[2]
@@ -22,25 +24,21 @@ def git(*arguments):
 
 def write_results(values):
     """Write the mIoU per seed of some runs, and resolved.json."""
-    Path("results/mini").mkdir(parents=True, exist_ok=True)
-    Path("results/mini/resolved.json").write_text(json.dumps(resolve_all(load_params(), "mini")))
+    write_json("results/mini/resolved.json", resolve_all(load_params(), "mini"))
     for run, seeds in values.items():
-        mean = sum(seeds) / len(seeds)
-        std = None
-        if len(seeds) > 1:
-            std = (sum((x - mean) ** 2 for x in seeds) / (len(seeds) - 1)) ** 0.5
-        path = Path("results/mini/runs") / run / "evaluation.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"ss": {"miou": mean, "std": std, "n": len(seeds), "seeds": {}}}))
+        for seed, miou in enumerate(seeds):
+            path = Path("results/mini/runs") / run / f"seed-{seed}" / "evaluation.json"
+            write_json(path, {"ss": {"seeds": {str(seed): {"miou": miou}}}})
 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     """Make a repository with two commits: the learning rate of one schedule changed, three cells followed."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "params.yaml").read_text()
+    text = (ROOT / "params.yaml").read_text().replace("\n  seeds: [0]", "\n  seeds: [0, 1, 2]")
     assert text.count(SCHEDULE) == 1
     Path("params.yaml").write_text(text)
+    shutil.copy(ROOT / "numerics.yaml", tmp_path)
     git("init", "-q", "-b", "main")
     same = {"cityscapes-upernet-r101-ours": [60.0]}
     one, two = "cityscapes-hrnet-hr48-ours-b8-40k", "cityscapes-hrnet-hr48-ce-b8-80k"
@@ -65,7 +63,7 @@ def test_one_learning_rate_and_its_effect(clone):
     expected = {
         run
         for run in load_params().runs
-        if load_params().resolve(run).settings.schedule == "cityscapes-hrnet-hr48"
+        if load_params().resolve(run).settings.schedule.name == "cityscapes-hrnet-hr48"
     }
     assert set(found["runs"]) == expected
     assert found["runs"][RUN]["settings"] == {"lr": [pytest.approx(0.1), pytest.approx(0.2)]}
@@ -102,6 +100,21 @@ def test_the_working_tree_and_experiments_are_revisions(clone, capsys):
     assert found["remarks"][0].startswith("working tree: params.yaml changed after its results")
     assert main(["compare", "main", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["second"] == {"name": "working tree", "commit": None}
+
+
+def test_a_raised_version_touches_the_runs_that_use_the_unit(clone):
+    text = Path("numerics.yaml").read_text()
+    Path("numerics.yaml").write_text(text.replace("hrnet: {version: 1", "hrnet: {version: 2"))
+    found = document_of("main", ".")
+    params = load_params()
+    expected = {run for run in params.runs if params.run_info(run)["model"] == "hrnet"}
+    assert set(found["runs"]) == expected
+    assert all(run["settings"] == {"numerics.hrnet": [1, 2]} for run in found["runs"].values())
+    git("checkout", "-q", "numerics.yaml")
+    text = Path("params.yaml").read_text()
+    assert "log_every: 4\n" in text
+    Path("params.yaml").write_text(text.replace("log_every: 4\n", "log_every: 5\n"))
+    assert document_of("main", ".")["remarks"] == []
 
 
 def test_the_same_revision_differs_in_nothing(clone):

@@ -1,5 +1,7 @@
 """Which cells are judged: the paper's own measurements, never what it cites from others."""
 
+import shutil
+
 import pytest
 
 from mscs.results import write_json
@@ -10,13 +12,17 @@ from reproduce.verify import verify
 CE, OURS = "ade20k-upernet-swinb22k-ce", "ade20k-upernet-swinb22k-ours"
 
 
+def write_seed(results, run, seed, ss, ms):
+    scores = {mode: {"seeds": {str(seed): {"miou": miou}}} for mode, miou in (("ss", ss), ("ms", ms))}
+    write_json(results.root / "runs" / run / f"seed-{seed}" / "evaluation.json", scores)
+
+
 @pytest.fixture
 def results(tmp_path):
     """Results of profile paper: Swin-B far from the cited CE values, our loss as printed."""
     found = Results("paper", tmp_path)
     for run, ss, ms in ((CE, 46.0, 47.0), (OURS, 51.3, 52.2)):
-        scores = {mode: {"miou": miou, "std": None, "n": 1} for mode, miou in (("ss", ss), ("ms", ms))}
-        write_json(found.root / "runs" / run / "evaluation.json", scores)
+        write_seed(found, run, 0, ss, ms)
     return found
 
 
@@ -40,10 +46,8 @@ def test_cited_values_and_gains_over_them_are_shown_and_not_judged(results):
 
 
 def test_our_own_measurements_and_directions_still_set_the_exit_code(results):
-    write_json(
-        results.root / "runs" / OURS / "evaluation.json",
-        {mode: {"miou": 40.0, "std": 0.1, "n": 3} for mode in ("ss", "ms")},
-    )
+    for seed, miou in enumerate((39.9, 40.0, 40.1)):
+        write_seed(results, OURS, seed, miou, miou)
     outcome = verify(results)
     assert rows_of(outcome, "UPerNet / Swin-B† / ours", "mIoU ss")["status"] == "not reproduced"
     assert outcome.exit_code == 1
@@ -74,9 +78,6 @@ def test_table_3_shows_the_daggers_and_what_they_mean(results):
 def test_profile_mini_shows_no_difference_to_the_paper(results):
     mini = Results("mini", results.root.parent)
     for run in (CE, OURS):
-        record = (results.root / "runs" / run / "evaluation.json").read_text()
-        target = mini.root / "runs" / run / "evaluation.json"
-        target.parent.mkdir(parents=True)
-        target.write_text(record)
+        shutil.copytree(results.root / "runs" / run, mini.root / "runs" / run)
     scores = [row[7:11] for row in body("3", mini) if row[1] == "Swin-B†"]
     assert scores == [["50.1 [cited]", "46.0", "", "ran"], ["51.3", "51.3", "", "ran"]]

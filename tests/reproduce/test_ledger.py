@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from mscs.blocks import keys
 from mscs.model_options import MODEL_OPTIONS
-from mscs.params import FIELDS, to_plain
+from mscs.settings import Settings
 from reproduce.ledger import entries, rows, switched
 
 RECIPES = ("paper", "code", "upstream")
@@ -13,7 +14,7 @@ CADIS = "cadis-ocrnet-r50-ours"
 
 def taken(params, run, recipe):
     """Return every setting and model option of a run under a recipe, with the options' defaults filled in."""
-    plain = to_plain(params.resolve(run, "paper", {"recipe": recipe}).settings)
+    plain = dict(params.resolve(run, "paper", {"recipe": recipe}).values)
     options = {**vars(MODEL_OPTIONS[plain["model"]]), **plain.pop("model_options")}
     del plain["recipe"]
     return json.loads(json.dumps({**plain, **{f"model_options.{key}": x for key, x in options.items()}}))
@@ -35,7 +36,7 @@ def test_every_entry_touches_a_run_and_explains_itself(params):
             )
         assert entry.values
         assert entry.why
-        assert entry.setting in FIELDS or entry.setting is None
+        assert entry.setting in keys(Settings) or entry.setting is None
         assert not entry.take or ((entry.setting or entry.option) and tuple(entry.take) == RECIPES)
 
 
@@ -89,13 +90,17 @@ def test_upstream_of_each_network_decides_how_it_trains_and_is_tested_on_ade20k(
     }
     for run, values in expected.items():
         s = params.resolve(run, "paper", {"recipe": "upstream"}).settings
-        assert (s.scale_base, s.color, s.ms_merge, s.absent_classes) == values, run
+        shown, scored = s.data.augmentation, s.evaluation
+        found = (shown.scale_base, shown.color, scored.multi_scale.ms_merge, scored.absent_classes)
+        assert found == values, run
 
 
 def test_recipe_code_leaves_the_listed_cadis_frames_out(params):
     from mscs.datasets.cadis import SPLITS, VIDEOS, blacklist
 
-    skips = {r: params.resolve(CADIS, "paper", {"recipe": r}).settings.skip_wrong_labels for r in RECIPES}
+    skips = {
+        r: params.resolve(CADIS, "paper", {"recipe": r}).settings.data.skip_wrong_labels for r in RECIPES
+    }
     assert skips == {"paper": False, "code": True, "upstream": False}
     for split, kept in (("train", 3490), ("val", 511)):
         prefixes = tuple(f"Video{video}_" for video in VIDEOS[split])

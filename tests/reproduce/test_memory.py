@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mscs.results import write_json
-from reproduce.__main__ import main
 from reproduce.cells import cells
+from reproduce.cli import main
 from reproduce.memory import measure_runs, memory_runs, train_steps
 from reproduce.tables import Results
 
@@ -16,14 +16,14 @@ ONE_SCALE_ALL = "cityscapes-hrnet-hr48-one-scale-all"
 
 def fake(settings, backend):
     """Return the paper's numbers for the dense formula, and 5 GB for ours."""
-    assert settings.crop_size == (512, 1024)
-    assert settings.images_per_group == 2
-    assert not settings.pretrained
+    assert settings.schedule.crop_size == (512, 1024)
+    assert settings.schedule.images_per_group == 2
+    assert not settings.model.pretrained
     if backend == "auto":
         return 5.0
-    if settings.sampling == "all":
-        return 14.2 if settings.embedding_subsample == 2 else None
-    return 7.4 if settings.projector == "concat" else 9.7
+    if settings.loss.contrastive.sampling == "all":
+        return 14.2 if settings.loss.contrastive.embedding_subsample == 2 else None
+    return 7.4 if settings.loss.projector == "concat" else 9.7
 
 
 def test_five_rows_are_measured_and_exhausted_memory_is_named(params):
@@ -63,7 +63,8 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_dense_formula_runs_out_on_24_gb_and_ours_does_not(tmp_path, monkeypatch):
-    shutil.copy("params.yaml", tmp_path)
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(name, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["memory"]) == 0
     runs = json.loads((tmp_path / "results/mini/memory.json").read_text())["runs"]

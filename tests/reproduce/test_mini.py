@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mscs.engine import build_transform, open_dataset
 
+from mscs.build import open_dataset, train_transform
 from mscs.datasets.toy import write_dataset
 from mscs.loader import draws_of_step
 from mscs.seeding import numpy_generator
 from reproduce.baselines import colour_miou
 from reproduce.pipeline import default_runs
+from reproduce.tables import Results
 
 RESULTS = Path(__file__).parents[2] / "results" / "mini"
 
@@ -21,15 +22,15 @@ def ce_runs():
     from mscs.params import load_params
 
     params = load_params(Path(__file__).parents[2] / "params.yaml")
-    return [run for run in default_runs(params) if params.resolve(run).settings.loss == "ce"]
+    return [run for run in default_runs(params) if params.resolve(run).settings.loss.name == "ce"]
 
 
 @pytest.mark.parametrize("run", ce_runs())
-def test_every_ce_run_learned(run):
-    record = json.loads((RESULTS / "runs" / run / "evaluation.json").read_text())
-    colour = json.loads((RESULTS / "data" / f"{run.split('-')[0]}.json").read_text())["colour_miou"]
+def test_every_ce_run_learned(run, params):
+    record = Results("mini", RESULTS.parent).evaluation(run)
+    dataset = params.run_info(run)["dataset"]
+    colour = json.loads((RESULTS / "data" / f"{dataset}.json").read_text())["colour_miou"]
     miou = record["ss"]["miou"]
-    dataset = run.split("-")[0]
     assert miou >= {"cityscapes": 40, "cadis": 40, "ade20k": 25, "pascal_context": 25}[dataset]
     assert miou < 95
     assert colour < 0.8 * miou, "a per-pixel colour classifier stays well below"
@@ -38,10 +39,10 @@ def test_every_ce_run_learned(run):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory, params):
     def draw(settings):
-        root = tmp_path_factory.getbasetemp() / f"scenes-{settings.dataset}"
+        root = tmp_path_factory.getbasetemp() / f"scenes-{settings.data.name}"
         if not root.exists():
-            size = settings.image_size
-            write_dataset(settings.dataset, root, train=8, val=1, image_size=size, progress=False)
+            size = settings.data.image_size
+            write_dataset(settings.data.name, root, train=8, val=1, image_size=size)
         return root
 
     return draw
@@ -60,22 +61,22 @@ def scenes(tmp_path_factory, params):
 def test_every_scale_has_two_groups_and_two_classes_in_most_steps(params, scenes, run):
     settings = params.resolve(run, "mini").settings
     dataset = open_dataset(settings, "train", scenes(settings))
-    transform = build_transform(settings)
-    strides = {4: (4, 8, 16, 32), 3: (4, 8, 8), 2: (4, 8)}[settings.feature_maps]
+    transform = train_transform(settings)
+    strides = {4: (4, 8, 16, 32), 3: (4, 8, 8), 2: (4, 8)}[settings.model.feature_maps]
     enough = {stride: [] for stride in strides}
     for step in range(4):
         labels = [
             transform(dataset[draw.sample], numpy_generator(0, "augment", draw.epoch, draw.sample))[1]
-            for draw in draws_of_step(len(dataset), settings.batch_size, 0, step)
+            for draw in draws_of_step(len(dataset), settings.schedule.batch_size, 0, step)
         ]
-        for first in range(0, len(labels), settings.images_per_group):
-            group = labels[first : first + settings.images_per_group]
+        for first in range(0, len(labels), settings.schedule.images_per_group):
+            group = labels[first : first + settings.schedule.images_per_group]
             for stride in strides:
                 sets = [
                     int(value)
                     for label in group
                     for value, count in zip(*_counts(label[::stride, ::stride]), strict=True)
-                    if value != 255 and count >= settings.min_views
+                    if value != 255 and count >= settings.loss.contrastive.min_views
                 ]
                 enough[stride].append(len(sets) >= 2 and len(set(sets)) >= 2)
     for stride, outcomes in enough.items():

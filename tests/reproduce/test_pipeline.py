@@ -1,17 +1,22 @@
+import itertools
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from mscs.errors import UsageError
-from reproduce.__main__ import stages_of
+from mscs.params import load_params
+from mscs.paths import resolve_all
+from mscs.results import write_json
+from reproduce import cli, stages
 from reproduce.cells import TABLES, cells, claims, table_runs
-from reproduce.pipeline import build, default_runs, imports_of, render, row_runs
+from reproduce.pipeline import ROOT_FILE, ROWS_FILE, Pipeline, default_runs, own_code, render, row_runs
 
 ROOT = Path(__file__).parents[2]
+SETTINGS = ("params.yaml", "numerics.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -19,16 +24,51 @@ def _in_the_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_the_written_pipeline_is_the_described_one(params):
-    for path, document in build(params).items():
+@pytest.fixture(scope="module")
+def pipeline(params):
+    return Pipeline(params)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Settings and pipeline files of the project in a folder of their own, which is the current one."""
+    for name in (*SETTINGS, ROOT_FILE, ROWS_FILE):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def expanded(pipeline):
+    """Return every single stage by DVC's name, as DVC fills in the matrix."""
+    found = {}
+    for path, document in pipeline.files().items():
+        home = "" if path == ROOT_FILE else f"{ROWS_FILE}:"
+        for name, stage in document["stages"].items():
+            axes = dict(stage["matrix"])
+            for values in itertools.product(*axes.values()):
+                text = json.dumps({key: value for key, value in stage.items() if key != "matrix"})
+                for axis, value in zip(axes, values, strict=True):
+                    text = text.replace(f"${{item.{axis}}}", value)
+                found[f"{home}{name}@{'-'.join(values)}"] = json.loads(text)
+    return found
+
+
+def test_the_written_pipeline_is_the_described_one(pipeline):
+    for path, document in pipeline.files().items():
         assert path.read_text() == render(document), f"{path} is stale: run `python -m reproduce pipeline`"
 
 
-def test_every_run_of_params_is_in_exactly_one_pipeline(params):
+def test_every_run_of_params_is_in_exactly_one_pipeline(params, pipeline):
     default, rows = default_runs(params), row_runs(params)
     assert sorted(default + rows) == sorted(params.runs)
-    documents = list(build(params).values())
-    for document, runs in zip(documents, (default, rows), strict=True):
+    for document, runs in zip(pipeline.files().values(), (default, rows), strict=True):
         for verb in ("train", "evaluate"):
             listed = [
                 run
@@ -37,6 +77,84 @@ def test_every_run_of_params_is_in_exactly_one_pipeline(params):
                 for run in stage["matrix"]["run"]
             ]
             assert sorted(listed) == sorted(runs)
+
+
+def test_a_training_depends_on_its_settings_and_data_and_an_evaluation_on_weights_too(params, pipeline):
+    found = expanded(pipeline)
+    for run in params.runs:
+        data = f"results/mini/data/{params.run_info(run)['dataset']}.json"
+        weights = f"work/mini/runs/{run}/weights/seed-0.safetensors"
+        train, evaluate = (found[name] for name in pipeline.stages_of(run))
+        assert (train["deps"], evaluate["deps"]) == ([data], [data, weights])
+        assert train["outs"] == [weights]
+        for verb, stage in (("train", train), ("evaluate", evaluate)):
+            assert stage["params"] == [{"results/mini/resolved.json": [f"runs.{run}.{verb}"]}]
+            assert stage["cmd"] == f"reproduce/stage {verb} mini {run} 0"
+
+
+def test_a_second_seed_adds_its_stages_and_leaves_the_first_ones(pipeline, folder):
+    before = expanded(pipeline)
+    replace(folder / "params.yaml", "\n  seeds: [0]", "\n  seeds: [0, 1]")
+    params = load_params()
+    after = expanded(Pipeline(params))
+    jobs = [name for run in params.runs for name in pipeline.stages_of(run)]
+    assert {name: after[name] for name in jobs} == {name: before[name] for name in jobs}
+    assert after.keys() - before.keys() == {name.replace("_seed0@", "_seed1@") for name in jobs}
+    for table in TABLES:
+        deps = set(after[f"tables_{table}@mini"]["deps"])
+        files = [f"results/mini/runs/{run}/seed-" for run in table_runs(table)]
+        assert {f"{path}{seed}/evaluation.json" for path in files for seed in (0, 1)} <= deps
+
+
+def test_a_second_seed_of_the_first_run_leaves_every_stage_of_all_runs(pipeline, folder):
+    before, first = expanded(pipeline), pipeline.params.runs[0]
+    replace(folder / "params.yaml", f"{first}: {{", f"{first}: {{seeds: [0, 1], ")
+    after = expanded(Pipeline(load_params()))
+    assert {name for name in before if name.startswith(("train", "evaluate"))} <= after.keys()
+    added = {name.replace("_seed0@", "_seed1@") for name in pipeline.stages_of(first)}
+    assert after.keys() - before.keys() == added
+
+
+def test_pipeline_files_that_do_not_fit_are_refused_with_the_remedy(folder, capsys):
+    remedy = "write it anew with `python -m reproduce pipeline`"
+    replace(folder / "params.yaml", "\n  seeds: [0]", "\n  seeds: [0, 1]")
+    with pytest.raises(UsageError, match=r"dvc\.yaml does not fit params\.yaml") as caught:
+        Pipeline(load_params()).check()
+    assert remedy in str(caught.value)
+    for refused in (lambda: stages.run(["resolve", "mini"]), lambda: cli.main(["run", "2b"])):
+        assert refused() == 2
+        assert remedy in capsys.readouterr().err
+    assert not (folder / "results").exists()
+    assert cli.main(["pipeline"]) == 0
+    Pipeline(load_params()).check()
+    assert stages.run(["resolve", "mini"]) == 0
+    (folder / ROWS_FILE).unlink()
+    with pytest.raises(UsageError, match=r"rows/dvc\.yaml does not fit"):
+        Pipeline(load_params()).check()
+
+
+@pytest.mark.parametrize(
+    ("unit", "phases", "uses"),
+    [
+        ("contrastive", {"train"}, lambda settings: settings.loss.contrastive is not None),
+        ("hrnet", {"train", "evaluate"}, lambda settings: settings.model.name == "hrnet"),
+        ("metrics", {"evaluate"}, lambda settings: True),
+    ],
+)
+def test_a_raised_version_changes_the_identity_of_the_runs_that_use_the_unit(folder, unit, phases, uses):
+    before = resolve_all(load_params(), "mini")
+    replace(folder / "numerics.yaml", f"{unit}: {{version: 1", f"{unit}: {{version: 2")
+    params = load_params()
+    after = resolve_all(params, "mini")
+    changed = {
+        (run, part)
+        for run, parts in before["runs"].items()
+        for part in parts
+        if parts[part] != after["runs"][run][part]
+    }
+    used = [run for run in params.runs if uses(params.resolve(run, "mini").settings)]
+    assert changed == {(run, phase) for run in used for phase in phases}
+    assert before["datasets"] == after["datasets"]
 
 
 def test_every_cell_is_filled_by_a_known_run_or_cited(params):
@@ -51,41 +169,23 @@ def test_every_cell_is_filled_by_a_known_run_or_cited(params):
 def test_cells_ask_only_for_what_their_run_evaluates(params):
     for cell in cells():
         if cell.run and cell.read in ("ss", "ms"):
-            assert cell.read in params.resolve(cell.run, "paper").settings.evaluation
+            assert cell.read in params.resolve(cell.run, "paper").settings.evaluation.modes
 
 
-def test_a_table_depends_on_its_own_runs_only(params):
-    stages = build(params)[Path("dvc.yaml")]["stages"]
+def test_a_table_depends_on_its_own_runs_only(pipeline):
+    stages = pipeline.files()[ROOT_FILE]["stages"]
     for table in TABLES:
         deps = [dep for dep in stages[f"tables_{table}"]["deps"] if dep.endswith("evaluation.json")]
         assert len(deps) == len(table_runs(table))
 
 
-def test_imports_are_followed_through_lazy_packages():
-    files = imports_of("mscs.engine")
-    assert {
-        "mscs/engine.py",
-        "mscs/models/hrnet.py",
-        "mscs/losses/multiscale.py",
-        "mscs/transforms.py",
-    } <= set(files)
-    assert not {"mscs/datasets/toy.py", "mscs/inference.py", "mscs/models/convert.py", "mscs/cli.py"} & set(
-        files
-    )
-
-
-def test_code_that_training_loads_is_what_its_stage_depends_on():
-    """Import the engine for real and compare the loaded files of ours with the listed ones."""
-    code = (
-        "import sys, mscs.engine, mscs.models.build, mscs.datasets.base;"
-        "print('\\n'.join(m for m in sys.modules if m.startswith('mscs')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    listed = set(imports_of("mscs.engine"))
-    for module in done.stdout.split():
-        path = Path(*module.split("."))
-        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        assert str(file) in listed or file == Path("mscs/__init__.py"), file
+def test_code_that_a_stage_loads_of_this_package_is_what_it_depends_on():
+    """Import the modules for real and compare the loaded files with the listed ones."""
+    for module in ("reproduce.tables", "reproduce.report", "reproduce.tsne", "reproduce.qualitative"):
+        code = f"import sys, {module}; print(*(m for m in sys.modules if m.startswith('reproduce.')))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        loaded = {f"{name.replace('.', '/')}.py" for name in done.stdout.split()}
+        assert loaded <= set(own_code(module)), module
 
 
 @pytest.mark.parametrize(
@@ -95,20 +195,19 @@ def test_code_that_training_loads_is_what_its_stage_depends_on():
         ("fig1", "tsne@mini"),
         ("fig3", "qualitative@mini"),
         ("cityscapes", "data@mini-cityscapes"),
-        ("cadis-ocrnet-r50-ours", "evaluate_cadis@mini-cadis-ocrnet-r50-ours"),
-        ("ade20k-ocrnet-hr48-ce", "reproduce/rows/dvc.yaml:evaluate_ade20k@mini-ade20k-ocrnet-hr48-ce"),
+        ("cadis-ocrnet-r50-ours", "evaluate_cadis_seed0@mini-cadis-ocrnet-r50-ours"),
+        ("ade20k-ocrnet-hr48-ce", "reproduce/rows/dvc.yaml:evaluate_ade20k_seed0@mini-ade20k-ocrnet-hr48-ce"),
         ("pascal_context", "reproduce/rows/dvc.yaml:data@mini-pascal_context"),
     ],
 )
-def test_targets_name_stages_that_exist(params, target, stage):
-    assert stages_of(target, params) == [stage]
+def test_targets_name_stages_that_exist(pipeline, target, stage):
+    assert pipeline.wanted([target])[0] == [stage]
+    assert stage in expanded(pipeline)
 
 
-def test_an_unknown_target_names_the_nearest():
-    from mscs.params import load_params
-
+def test_an_unknown_target_names_the_nearest(pipeline):
     with pytest.raises(UsageError, match="did you mean 'cadis-ocrnet-r50-ours'"):
-        stages_of("cadis-ocrnet-r50-our", load_params())
+        pipeline.wanted(["cadis-ocrnet-r50-our"])
 
 
 def dvc(folder, *arguments):
@@ -123,67 +222,82 @@ def changed_stages(folder):
     return {line.rstrip(":") for line in dvc(folder, "status").splitlines() if line and not line[0].isspace()}
 
 
-def fake_outputs(folder, document, params):
-    """Write something into every declared output of the pipeline."""
-    for stage in document["stages"].values():
-        matrix = stage["matrix"]
-        names = matrix.get("run") or matrix.get("dataset") or [""]
-        for kind in ("outs", "metrics", "plots"):
-            for out in stage.get(kind, ()):
-                for name in names:
-                    path = out if isinstance(out, str) else next(iter(out))
-                    path = path.replace("${item.profile}", "mini").replace("${item.run}", name)
-                    path = folder / path.replace("${item.dataset}", name)
-                    if not path.exists():
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        path.write_text("{}\n") if path.suffix else path.mkdir()
+def fake_outputs(folder, found):
+    """Write something into every declared output of some stages."""
+    for stage in found.values():
+        for out in [out for kind in ("outs", "metrics", "plots") for out in stage.get(kind, ())]:
+            path = folder / (out if isinstance(out, str) else next(iter(out)))
+            if not path.exists():
+                write_json(path, {})
 
 
-@pytest.mark.slow
-def test_an_edit_reaches_the_stages_that_use_it_and_no_others(params, tmp_path):
-    """Pretend that everything has run, then edit one thing at a time and ask `dvc status`."""
-    folder = tmp_path / "project"
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, pipeline):
+    """Copy the project and pretend that everything has run but the rows, whose stages behave alike."""
+    folder = tmp_path_factory.mktemp("copy") / "project"
     for name in ("mscs", "reproduce"):
-        shutil.copytree(name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("params.yaml", "dvc.yaml", ".dvcignore"):
-        shutil.copy(name, folder / name)
-    (folder / "reproduce/rows/dvc.yaml").unlink()
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (*SETTINGS, "dvc.yaml", ".dvcignore"):
+        shutil.copy(ROOT / name, folder / name)
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/python").symlink_to(sys.executable)
     dvc(folder, "init", "--no-scm", "-q")
-    resolve = ["sh", "reproduce/stage", "resolve", "mini"]
-    subprocess.run(resolve, cwd=folder, check=True)
-    document = yaml.safe_load((folder / "dvc.yaml").read_text())
-    fake_outputs(folder, document, params)
+    resolve(folder)
+    fake_outputs(folder, {name: x for name, x in expanded(pipeline).items() if ":" not in name})
     dvc(folder, "commit", "-f", "-q")
     assert changed_stages(folder) <= {"Data and pipelines are up to date."}
+    return folder
 
-    def after(path, old, new):
-        original = (folder / path).read_text()
-        assert old in original
-        (folder / path).write_text(original.replace(old, new, 1))
-        subprocess.run(resolve, cwd=folder, check=True)
-        dvc(folder, "commit", "-f", "-q", "resolve@mini")
-        found = changed_stages(folder)
-        (folder / path).write_text(original)
-        subprocess.run(resolve, cwd=folder, check=True)
-        dvc(folder, "commit", "-f", "-q", "resolve@mini")
-        # the report shows everything, so it may change with anything
-        return {name for name in found if "@" in name} - {"report@mini"}
 
+def resolve(folder):
+    """Do what `dvc repro resolve@mini` does, but for the pipeline of the rows, which is put aside."""
+    aside, place = folder / "rows.yaml", folder / ROWS_FILE
+    if aside.exists():
+        aside.rename(place)
+    subprocess.run(["sh", "reproduce/stage", "resolve", "mini"], cwd=folder, check=True)
+    place.rename(aside)
+    if (folder / "dvc.lock").exists():
+        dvc(folder, "commit", "-f", "-q", "resolve@mini")
+
+
+def after(folder, path, old, new):
+    """Return the stages that an edit makes stale, then take it back."""
+    text = (folder / path).read_text()
+    replace(folder / path, old, new)
+    resolve(folder)
+    found = changed_stages(folder)
+    (folder / path).write_text(text)
+    resolve(folder)
+    # the report shows everything, so it may change with anything
+    return {name for name in found if "@" in name} - {"report@mini"}
+
+
+@pytest.mark.slow
+def test_an_edit_reaches_the_stages_that_use_it_and_no_others(project):
+    """Edit one thing at a time and ask `dvc status`."""
     run = "cityscapes-upernet-swins-ours-fpn: {"
-    assert after("params.yaml", run, run + "lr: 0.003, ") == {
-        "train_cityscapes@mini-cityscapes-upernet-swins-ours-fpn"
+    assert after(project, "params.yaml", run, run + "lr: 0.003, ") == {
+        "train_cityscapes_seed0@mini-cityscapes-upernet-swins-ours-fpn"
     }
     row = "cadis-ocrnet-r50: {crop_size: [540, 960], lr: 1.0e-4, lr_schedule: exp, weight_decay: 0.0"
-    pair = {f"train_cadis@mini-cadis-ocrnet-r50-{loss}" for loss in ("ce", "ours")}
-    assert after("params.yaml", row, row.replace("0.0", "0.1")) == pair | {"qualitative@mini"}
-    edited = after("reproduce/tables.py", '"""Result files', '"""Results files')
-    assert {name.split("_")[0] for name in edited} <= {"tables"}
-    edited = after("mscs/inference.py", '"""From one image', '"""From each image')
-    assert {name.split("@")[0] for name in edited} >= {
-        "evaluate_cityscapes",
-        "evaluate_ade20k",
-        "evaluate_cadis",
-    }
-    assert not [name for name in edited if name.startswith("train")]
+    pair = {f"train_cadis_seed0@mini-cadis-ocrnet-r50-{loss}" for loss in ("ce", "ours")}
+    assert after(project, "params.yaml", row, row.replace("0.0", "0.1")) == pair
+    edited = after(project, "reproduce/tables.py", '"""Result files', '"""Results files')
+    assert edited == {f"tables_{table}@mini" for table in TABLES}
+    assert after(project, "params.yaml", "log_every: 4\n", "log_every: 5\n") == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["mscs/losses/contrastive.py", "mscs/train.py", "mscs/models/hrnet.py"])
+def test_a_comment_makes_nothing_stale(project, path):
+    assert after(project, path, "\n\n\n", "\n\n\n# a comment\n") == set()
+
+
+@pytest.mark.slow
+def test_a_raised_version_makes_the_stages_of_the_runs_that_use_the_unit_stale(project, params, pipeline):
+    found = after(project, "numerics.yaml", "hrnet: {version: 1", "hrnet: {version: 2")
+    runs = [run for run in default_runs(params) if params.run_info(run)["model"] == "hrnet"]
+    assert runs
+    jobs = {name for run in runs for name in pipeline.stages_of(run)}
+    assert {name for name in found if name.startswith(("train", "evaluate"))} == jobs
+    assert found - jobs == {"qualitative@mini"}  # its networks are of the unit; tables follow their files

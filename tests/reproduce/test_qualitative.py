@@ -5,6 +5,7 @@ import pytest
 from mscs.engine import build_network
 from PIL import Image
 
+from mscs.build import network
 from mscs.checkpoint import save_weights
 from mscs.datasets.toy import write_dataset
 from mscs.params import load_params
@@ -64,13 +65,13 @@ def test_image_miou_averages_over_the_classes_of_the_label():
 @pytest.fixture
 def runs(tmp_path: Path) -> list[TrainedRun]:
     """CaDIS: its protocol scores mirrored rows, so that image, label and prediction must be made to fit."""
-    write_dataset("cadis", tmp_path / "data", train=1, val=3, image_size=(47, 80), progress=False)
+    write_dataset("cadis", tmp_path / "data", train=1, val=3, image_size=(47, 80))
     found = []
     for seed, run in enumerate(("cadis-ocrnet-r50-ce", "cadis-ocrnet-r50-ours")):
         settings = load_params().resolve(run, "mini").settings
         weights = tmp_path / f"{run}.safetensors"
         classes = TrainedRun(settings, weights, tmp_path / "data", run).dataset().num_classes
-        save_weights(weights, build_network(settings, classes, seed=seed).state_dict(), {})
+        save_weights(weights, network(settings, classes, seed=seed).state_dict(), {})
         found.append(TrainedRun(settings, weights, tmp_path / "data", run))
     return found
 

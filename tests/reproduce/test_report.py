@@ -14,7 +14,7 @@ import pytest
 from mscs.results import write_csv, write_json, write_text
 from reproduce.cells import TABLES, cells, table_block
 from reproduce.curves import draw_losses, mean_curve
-from reproduce.report import BLANK, class_table, write_report
+from reproduce.report import BLANK, class_table, compared_runs, write_report
 from reproduce.settings_tables import DATASETS, grid, settings_rows, stamp, title, unicode_power
 from reproduce.tables import MINI_STAMP, Results
 
@@ -54,17 +54,19 @@ class Page(HTMLParser):
 
 
 def write_run(
-    folder: Path, run: str, miou: float, ious: list[list[float | None]], losses: list[float]
+    folder: Path, run: str, mious: list[float], ious: list[list[float | None]], losses: list[float]
 ) -> None:
-    seeds = {str(i): {"miou": miou, "class_iou": row} for i, row in enumerate(ious)}
-    scores = {"miou": miou, "std": None, "n": len(ious), "seeds": seeds}
-    write_json(
-        folder / "runs" / run / "evaluation.json", {"ss": scores, "classes": ["road", "bus <&>", "train"]}
-    )
-    rows = [{"seed": 0, "step": 10 * i, "ce": value, "loss": 2 * value} for i, value in enumerate(losses, 1)]
-    write_csv(folder / "runs" / run / "losses.csv", rows)
+    for seed, (miou, row) in enumerate(zip(mious, ious, strict=True)):
+        scores = {"seeds": {str(seed): {"miou": miou, "class_iou": row}}}
+        write_json(
+            folder / "runs" / run / f"seed-{seed}" / "evaluation.json",
+            {"ss": scores, "classes": ["road", "bus <&>", "train"]},
+        )
+    rows = [{"step": 10 * i, "ce": value, "loss": 2 * value} for i, value in enumerate(losses, 1)]
+    write_csv(folder / "runs" / run / "seed-0" / "losses.csv", rows)
     record = {
         "seconds": 61.4,
+        "gpu_hours": None,
         "peak_bytes": 2**31,
         "settings": {"seeds": [0], "steps": 30, "batch_size": 8},
         "git": {"commit": "abc123", "dirty": True},
@@ -80,15 +82,15 @@ def write_run(
         "image": None,
         "finished": "2026-01-01T00:00:00Z",
     }
-    write_json(folder / "runs" / run / "run.json", record)
+    write_json(folder / "runs" / run / "seed-0" / "run.json", record)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Results of one pair of runs, every table, Figs. 1 and 3."""
     folder = tmp_path / "mini"
-    write_run(folder, PAIR[0], 40.0, [[60.0, 20.0, None], [70.0, 30.0, None]], [3.0, 2.0, 1.0])
-    write_run(folder, PAIR[1], 44.5, [[66.0, 23.0, None]], [3.5, 1.5, 0.5])
+    write_run(folder, PAIR[0], [39.0, 41.0], [[60.0, 20.0, None], [70.0, 30.0, None]], [3.0, 2.0, 1.0])
+    write_run(folder, PAIR[1], [44.0, 45.0], [[64.0, 22.0, None], [68.0, 24.0, None]], [3.5, 1.5, 0.5])
     for name in TABLES:
         block = table_block(name)
         values = [["81.5", f"our {name}", "", "ran"] for _ in block["columns"]]
@@ -167,9 +169,9 @@ def test_directions_are_judged_in_profile_paper_only(folder, html):
     shutil.copytree(folder, folder.with_name("paper"))
     write_report("paper", folder.with_name("paper"))
     page = (folder.with_name("paper") / "report.html").read_text()
-    # one direction of Table 2(b) is measured, +4.5; all others are not run
+    # one direction of Table 2(b) is measured, +4.5 with a standard error of 1.1; all others are not run
     assert re.search(r"<dd>1\s*<small>of 1 measured", page)
-    assert "as in the paper (+4.5)" in page
+    assert '<span class="holds">holds (+4.5)' in page
 
 
 def test_class_table_averages_seeds_and_drops_absent_classes(folder):
@@ -180,20 +182,32 @@ def test_class_table_averages_seeds_and_drops_absent_classes(folder):
 
 
 def test_curves_are_means_over_seeds(tmp_path):
-    rows = [{"seed": s, "step": step, "ce": step + s} for s in (0, 1) for step in (20, 10)]
-    write_csv(tmp_path / "losses.csv", rows)
-    assert mean_curve(tmp_path / "losses.csv", "ce") == ([10.0, 20.0], [10.5, 20.5])
+    paths = [tmp_path / f"seed-{seed}" / "losses.csv" for seed in (0, 1)]
+    for path, seed in zip(paths, (0, 1), strict=True):
+        write_csv(path, [{"step": step, "ce": step + seed} for step in (20, 10)])
+    assert mean_curve(paths, "ce") == ([10.0, 20.0], [10.5, 20.5])
 
 
 def test_curves_are_the_same_bytes_for_the_same_losses(folder):
-    files = [folder / "runs" / run / "losses.csv" for run in PAIR]
+    files = [[folder / "runs" / run / "seed-0" / "losses.csv"] for run in PAIR]
     picture, last = draw_losses(*files)
     assert last == "CE, trained with CE 1.000, CE, trained with ours 0.500, total loss of ours 1.000"
     texts = {node.text for node in ElementTree.fromstring(picture).iter() if node.tag.endswith("text")}
     assert {"CE, trained with CE", "total loss of ours", "training step", "30"} <= texts
     assert draw_losses(*files)[0] == picture
     assert str(date.today().year).encode() not in picture
-    assert draw_losses(files[0], folder / "missing.csv") is None
+    assert draw_losses(files[0], []) is None
+
+
+def test_pairs_differ_in_the_loss_alone(params):
+    pairs = dict(compared_runs(params, params.runs))
+    assert pairs["cityscapes-hrnet-hr48-ce-b8-40k"] == "cityscapes-hrnet-hr48-ours-b8-40k"
+    # two projectors were tried: the one of Fig. 2, and the first
+    assert pairs["ade20k-upernet-swins-ce"] == "ade20k-upernet-swins-ours"
+    assert pairs["cityscapes-upernet-swins-ce"] == "cityscapes-upernet-swins-ours"
+    losses = {run: params.resolve(run).settings.loss.name for run in params.runs}
+    assert {run for run, loss in losses.items() if loss == "ce"} == set(pairs)
+    assert compared_runs(params, ["cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours-b8-40k"]) == []
 
 
 def test_report_of_nothing_says_what_is_missing(tmp_path):

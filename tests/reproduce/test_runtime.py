@@ -118,7 +118,7 @@ def test_a_stage_goes_to_its_container_with_the_same_words(monkeypatch, tmp_path
     (tmp_path / "results/paper").mkdir(parents=True)
     (tmp_path / "results/paper/resolved.json").write_text("{}")
     engine = use(monkeypatch, Engine(Container(code=3), runtimes=("runc", "nvidia")))
-    assert stages.run(["train", "paper", "cadis-ocrnet-r50-ce"]) == 3
+    assert stages.run(["train", "paper", "cadis-ocrnet-r50-ce", "0"]) == 3
     assert engine.created["command"] == [
         "python",
         "-m",
@@ -126,8 +126,9 @@ def test_a_stage_goes_to_its_container_with_the_same_words(monkeypatch, tmp_path
         "train",
         "paper",
         "cadis-ocrnet-r50-ce",
+        "0",
     ]
-    assert engine.created["name"] == "mscs-cadis-ocrnet-r50-ce"
+    assert engine.created["name"] == "mscs-cadis-ocrnet-r50-ce-0"
     assert engine.created["device_requests"][0]["Capabilities"] == [["gpu"]]
     assert engine.container.removed
 
@@ -136,7 +137,7 @@ def test_the_container_is_closed_to_the_network_and_belongs_to_the_caller(monkey
     monkeypatch.setattr(runtime, "git_state", lambda: {"commit": "abc", "dirty": True})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("CITYSCAPES_PASSWORD", "hidden")
-    options = runtime.container_options("tables", "mini", "1a", tmp_path, "sha256:1234")
+    options = runtime.container_options("tables", "mini", ["1a"], tmp_path, "sha256:1234")
     assert options["name"] == "mscs-tables-1a"
     assert options["network_mode"] == "none"
     assert options["user"] == f"{os.getuid()}:{os.getgid()}"
@@ -194,11 +195,11 @@ def test_a_container_out_of_memory_is_named():
 def test_a_second_start_is_refused_and_a_dead_container_replaced(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     use(monkeypatch, Engine(Container(), old=Container(status="running")))
-    with pytest.raises(MscsError, match=r"mscs-some-run is at work .*docker stop"):
-        runtime.run_in_container("train", "mini", "some-run")
+    with pytest.raises(MscsError, match=r"mscs-some-run-0 is at work .*docker stop"):
+        runtime.run_in_container("train", "mini", ["some-run", "0"])
     dead = Container(status="exited")
     engine = use(monkeypatch, Engine(Container(), old=dead))
-    assert runtime.run_in_container("train", "mini", "some-run") == 0
+    assert runtime.run_in_container("train", "mini", ["some-run", "0"]) == 0
     assert dead.removed
     assert "device_requests" not in engine.created
 
@@ -207,10 +208,10 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     use(monkeypatch, Engine(image=False))
     with pytest.raises(MscsError, match=r"no image mscs:train; `make image`.*MSCS_RUNTIME=native"):
-        runtime.run_in_container("train", "paper", "x")
+        runtime.run_in_container("train", "paper", ["x", "0"])
     use(monkeypatch, Engine())
     with pytest.raises(MscsError, match="nvidia-container-toolkit"):
-        runtime.run_in_container("train", "paper", "x")
+        runtime.run_in_container("train", "paper", ["x", "0"])
     monkeypatch.undo()
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
     with pytest.raises(MscsError, match=r"no Docker engine answers .* MSCS_RUNTIME=native"):

@@ -1,8 +1,9 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.settings_tables import grid, latex_power, plain, settings_rows, unicode_power
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,8 @@ def test_powers_of_ten():
 
 
 def test_the_command_writes_all_formats(tmp_path, monkeypatch, capsys):
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["tables", "5"]) == 0
     folder = tmp_path / "results/mini/tables"

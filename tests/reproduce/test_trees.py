@@ -9,7 +9,7 @@ import yaml
 
 from mscs.errors import MscsError, UsageError
 from reproduce import trees
-from reproduce.__main__ import main
+from reproduce.cli import main
 from reproduce.trees import Finding, Tree, cases, compare_trees, differences
 
 ROOT = Path(__file__).parents[2]

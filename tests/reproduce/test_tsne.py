@@ -8,6 +8,7 @@ import torch
 from mscs.engine import build_network
 from PIL import Image
 
+from mscs.build import network
 from mscs.checkpoint import save_weights
 from mscs.datasets import Sample
 from mscs.datasets.toy import write_dataset
@@ -99,12 +100,12 @@ def test_too_few_labelled_pixels_is_an_error_that_says_so(tmp_path, runs, monkey
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[TrainedRun]:
-    write_dataset("cityscapes", tmp_path / "data", train=1, val=3, image_size=(64, 128), progress=False)
+    write_dataset("cityscapes", tmp_path / "data", train=1, val=3, image_size=(64, 128))
     found = []
     for seed, run in enumerate(("cityscapes-upernet-r101-ce", "cityscapes-upernet-r101-ours")):
-        settings = replace(load_params().resolve(run, "mini").settings, channels_last=False)
+        settings = load_params().resolve(run, "mini", {"channels_last": False}).settings
         weights = tmp_path / f"{run}.safetensors"
-        save_weights(weights, build_network(settings, 19, seed=seed).state_dict(), {})
+        save_weights(weights, network(settings, 19, seed=seed).state_dict(), {})
         found.append(TrainedRun(settings, weights, tmp_path / "data", run))
     return found
 
@@ -172,7 +173,9 @@ def test_profile_paper_draws_as_the_authors_and_mini_less(tmp_path, runs, monkey
     asked = []
     plane = lambda points, iterations: asked.append(iterations) or np.zeros((len(points.classes), 2))  # noqa: E731
     monkeypatch.setattr(tsne, "embed", plane)
-    pairs = {"paper": [replace(run, settings=replace(run.settings, profile="paper")) for run in runs]}
+    pairs = {
+        "paper": [replace(run, settings=run.settings.model_copy(update={"profile": "paper"})) for run in runs]
+    }
     for name, pair in ({"mini": runs} | pairs).items():
         asked.clear()
         write_tsne(*pair, tmp_path / name, "a stamp")

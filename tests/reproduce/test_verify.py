@@ -1,11 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mscs.results import write_json
-from reproduce.__main__ import main
 from reproduce.cells import claims
+from reproduce.cli import main
 from reproduce.tables import MINI_STAMP
 
 ROOT = Path(__file__).parents[2]
@@ -15,13 +16,15 @@ ROOT = Path(__file__).parents[2]
 def scores(tmp_path, monkeypatch):
     """Return what writes the mIoU over three seeds of the runs behind the first claim, for a profile."""
     monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    for name in ("params.yaml", "numerics.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
     claim = next(claims("2b"))
 
     def write(profile, better, worse):
         for run, miou in ((claim.better, better), (claim.worse, worse)):
-            scores = {"miou": miou, "std": 0.3, "n": 3}
-            write_json(Path("results") / profile / "runs" / run / "evaluation.json", {claim.read: scores})
+            for seed, value in enumerate((miou - 0.3, miou, miou + 0.3)):
+                path = Path("results") / profile / "runs" / run / f"seed-{seed}" / "evaluation.json"
+                write_json(path, {claim.read: {"seeds": {str(seed): {"miou": value}}}})
         return claim
 
     return write

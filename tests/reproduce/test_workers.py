@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,11 @@ import pytest
 from mscs.errors import UsageError
 from mscs.params import load_params
 from reproduce import workers
+from reproduce.pipeline import ROWS_FILE, Pipeline, row_runs
 
+ROOT = Path(__file__).parents[2]
+
+PIPELINE = Pipeline(load_params(ROOT / "params.yaml"))
 RUNS = ["cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours", "cadis-ocrnet-r50-ce"]
 
 
@@ -25,7 +30,7 @@ def calls(monkeypatch):
         failed = record.fail is not None and command[-1].endswith(record.fail)
         return SimpleNamespace(returncode=255 if failed else 0)
 
-    every = {stage for name in RUNS for stage in workers.stages(load_params(), name)}
+    every = {stage for name in RUNS for stage in PIPELINE.stages_of(name)}
     monkeypatch.setattr(workers, "changed", lambda _: every - record.current)
     monkeypatch.setattr(workers.subprocess, "run", run)
     return record
@@ -33,12 +38,12 @@ def calls(monkeypatch):
 
 def test_the_shared_stages_come_first_then_every_run_once(calls):
     gpus = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-    assert workers.side_by_side(load_params(), RUNS, gpus) == 0
+    assert workers.side_by_side(PIPELINE, RUNS, gpus) == 0
     (first, _), *rest = calls.made
     assert first == ["repro", "resolve@mini", "data@mini-cityscapes", "data@mini-cadis"]
     assert all(call[:3] == ["--wait-for-lock", "repro", "--single-item"] for call, _ in rest)
     stages = [call[-1] for call, _ in rest]
-    assert sorted(stages) == sorted(stage for run in RUNS for stage in workers.stages(load_params(), run))
+    assert sorted(stages) == sorted(stage for run in RUNS for stage in PIPELINE.stages_of(run))
     for run in RUNS:
         (train, gpu), (evaluate, same) = [(s, g) for (*_, s), g in rest if s.endswith(f"-{run}")]
         assert train.startswith("train_")
@@ -48,24 +53,23 @@ def test_the_shared_stages_come_first_then_every_run_once(calls):
 
 def test_after_a_failure_nothing_new_starts_unless_told_to(calls):
     calls.fail = RUNS[0]
-    assert workers.side_by_side(load_params(), RUNS, [{}]) == 255
-    assert [call[-1] for call, _ in calls.made[1:]] == [f"train_cityscapes@mini-{RUNS[0]}"]
+    assert workers.side_by_side(PIPELINE, RUNS, [{}]) == 255
+    assert [call[-1] for call, _ in calls.made[1:]] == [f"train_cityscapes_seed0@mini-{RUNS[0]}"]
     calls.made.clear()
-    assert workers.side_by_side(load_params(), RUNS, [{}], keep_going=True) == 255
+    assert workers.side_by_side(PIPELINE, RUNS, [{}], keep_going=True) == 255
     assert len(calls.made) == 1 + 1 + 2 + 2
 
 
 def test_runs_that_are_up_to_date_are_not_asked_about(calls):
-    calls.current = set(workers.stages(load_params(), RUNS[1]))
-    assert workers.side_by_side(load_params(), RUNS, [{}]) == 0
+    calls.current = set(PIPELINE.stages_of(RUNS[1]))
+    assert workers.side_by_side(PIPELINE, RUNS, [{}]) == 0
     assert not [call for call, _ in calls.made[1:] if call[-1].endswith(f"-{RUNS[1]}")]
     assert len(calls.made) == 1 + 2 + 2
 
 
 def test_rows_live_in_their_own_file():
-    params = load_params()
-    row = workers.pipeline.row_runs(params)[0]
-    assert all(stage.startswith(f"{workers.pipeline.ROWS_FILE}:") for stage in workers.stages(params, row))
+    row = row_runs(PIPELINE.params)[0]
+    assert all(stage.startswith(f"{ROWS_FILE}:") for stage in PIPELINE.stages_of(row))
 
 
 def test_gpus_are_counted_and_named(monkeypatch):
@@ -95,7 +99,7 @@ def test_dvc_keeps_the_locks_of_stages_that_ran_side_by_side(tmp_path, monkeypat
     subprocess.run([*dvc, "init", "--no-scm", "-q"], check=True)
     (tmp_path / "dvc.yaml").write_text(TOY)
     monkeypatch.setattr(workers, "upstream", lambda *_: ["resolve"])
-    monkeypatch.setattr(workers, "stages", lambda _, run: [f"train_{run}", f"evaluate_{run}"])
-    assert workers.side_by_side(None, ["a", "b"], [{}, {}]) == 0
+    pipeline = SimpleNamespace(stages_of=lambda run: [f"train_{run}", f"evaluate_{run}"])
+    assert workers.side_by_side(pipeline, ["a", "b"], [{}, {}]) == 0
     status = subprocess.run([*dvc, "status"], capture_output=True, text=True, check=True)
     assert "up to date" in status.stdout

@@ -1,0 +1,337 @@
+"""`python -m reproduce`: the pipeline by the names of tables, figures, runs and datasets, on top of DVC."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mscs.command_line import add_command, run_command
+from mscs.errors import UsageError, unknown_name
+from mscs.params import Params, load_params
+from mscs.paths import RESULTS, resolve_all, resolved_path
+from mscs.results import write_json, write_text
+from reproduce.cells import TABLES, cells
+from reproduce.pipeline import ROOT_FILE, ROWS_FILE, Pipeline
+from reproduce.workers import devices, side_by_side, visible_gpus
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    return run_command(build_parser(), argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser with all subcommands."""
+    parser = argparse.ArgumentParser(prog="python -m reproduce", description=__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_pipeline(commands)
+    _add_numerics(commands)
+    _add_results(commands)
+    _add_measurements(commands)
+    return parser
+
+
+def _add_pipeline(commands: Any) -> None:
+    run = add_command(commands, "run", _run, "bring tables, figures, runs or everything up to date")
+    run.add_argument(
+        "target",
+        nargs="*",
+        help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows, or nothing for all",
+    )
+    run.add_argument(
+        "--keep-going", action="store_true", help="go on with what does not depend on a failed stage"
+    )
+    run.add_argument("--fresh", action="store_true", help="retrain from step 0 what has to be retrained")
+    side = run.add_mutually_exclusive_group()
+    side.add_argument(
+        "--gpus", type=int, metavar="N", help="train N runs side by side, each on a GPU of its own"
+    )
+    side.add_argument("--jobs", type=int, metavar="N", help="train N runs side by side, wherever they run")
+
+    text = "say what a target costs here, and start nothing"
+    plan = add_command(commands, "plan", _plan, text, as_json=True)
+    plan.add_argument("target", nargs="*", help="as for run (default: all)")
+    plan.add_argument("--table", action="append", default=[], help="the same as naming the table")
+    plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
+    plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
+
+    text = "write resolved.json, the settings of every run"
+    add_command(commands, "resolve", _resolve, text, profile=True)
+    text = "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
+    add_command(commands, "pipeline", _pipeline, text)
+
+
+def _add_numerics(commands: Any) -> None:
+    text = "record a changed unit of the code in numerics.yaml"
+    accept = add_command(commands, "accept", _accept, text)
+    accept.add_argument("unit", metavar="UNIT", nargs="+", help="a unit of numerics.yaml, or packages")
+    how = accept.add_mutually_exclusive_group(required=True)
+    how.add_argument("--same", action="store_true", help="if short trainings agree with the accepted state")
+    how.add_argument("--changed", metavar="WHY", help="raise its version: runs that use it are stale")
+    accept.add_argument(
+        "--python", metavar="PATH", help="for packages --same: an interpreter with the accepted packages"
+    )
+    text = "compare trainings, settings, tables and refusals of a commit with the working tree"
+    trees = add_command(commands, "compare-trees", _compare_trees, text)
+    trees.add_argument("revision", metavar="REV", help="commit, branch or tag")
+    trees.add_argument(
+        "--cases", nargs="+", metavar="RUN", help="train these runs and compare nothing else (default: all)"
+    )
+
+
+def _add_results(commands: Any) -> None:
+    text = "list every cell of Tables 1-3 and the run that fills it"
+    add_command(commands, "cells", _cells, text, as_json=True)
+    text = "rewrite the tables from the results that are there"
+    tables = add_command(commands, "tables", _tables, text, profile=True)
+    tables.add_argument("table", nargs="*", help="1a 1b 2a 2b 3, or 4 to 7 for the settings (default: all)")
+    text = "rewrite report.html from the results that are there"
+    add_command(commands, "report", _report, text, profile=True)
+    text = "write model and data cards from the results that are there"
+    add_command(commands, "cards", _cards, text, profile=True)
+
+    text = "print where the sources disagree and what is taken"
+    ledger = add_command(commands, "ledger", _ledger, text, as_json=True)
+    ledger.add_argument("run", nargs="?", help="only what touches this run")
+    ledger.add_argument(
+        "--recipe", choices=("paper", "code", "upstream"), default="paper", help="default: paper"
+    )
+
+    text = "compare every cell and claim with the paper"
+    add_command(commands, "verify", _verify, text, profile=True, as_json=True)
+    text = "show what changed between two commits, and which cells moved"
+    compare = add_command(commands, "compare", _compare, text, as_json=True)
+    compare.add_argument(
+        "first", metavar="REV_A", help="commit, branch, tag, DVC experiment, or . (working tree)"
+    )
+    compare.add_argument("second", metavar="REV_B", nargs="?", default=".", help="the same (default: .)")
+    compare.add_argument("--profile", help="mini or paper (default: the one in params.yaml of REV_B)")
+    compare.add_argument("--html", metavar="FILE", help="write a page")
+
+
+def _add_measurements(commands: Any) -> None:
+    text = "measure the GPU memory of Table 2(a)'s rows, without any dataset"
+    add_command(commands, "memory", _memory, text, profile=True)
+    text = "score a published checkpoint; without NAME list them"
+    calibrate = add_command(commands, "calibrate", _calibrate, text)
+    calibrate.add_argument("name", metavar="NAME", nargs="?", help="which one")
+    calibrate.add_argument("--weights", type=Path, metavar="PATH", help="its downloaded file")
+    calibrate.add_argument("--data", type=Path, metavar="ROOT", help="folder of its dataset")
+    calibrate.add_argument("--ss", action="store_true", help="single scale only")
+    calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+    text = "count the parameters of every network, without allocating weights"
+    add_command(commands, "params", _parameters, text)
+
+
+def _profile(args: argparse.Namespace, params: Params) -> str:
+    """Return the profile that was asked for, or the current one."""
+    profile = args.profile or params.profile
+    if profile not in params.profiles:
+        raise UsageError(unknown_name("profile", profile, params.profiles))
+    return profile
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from reproduce import plan
+
+    gpus = max(1, len(visible_gpus())) if args.gpus is None else args.gpus
+    if gpus < 1:
+        raise UsageError("--gpus takes a number from 1")
+    params = load_params()
+    _, runs = Pipeline(params).wanted([*args.target, *args.table])
+    if args.measure:
+        plan.measure([params.resolve(run).settings for run in runs])
+    device = plan.device_name()
+    document = plan.document(plan.costs(params, runs, device), device, gpus)
+    print(json.dumps(document, indent=1) if args.json else plan.text(document))
+
+
+def _run(args: argparse.Namespace) -> int:
+    pipeline = Pipeline(load_params())
+    pipeline.check()
+    stages, runs = pipeline.wanted(args.target)
+    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    if args.keep_going:
+        command.append("--keep-going")
+    environment = {**os.environ, "MSCS_FRESH": "1"} if args.fresh else None
+    try:
+        if args.gpus is not None or args.jobs is not None:
+            workers = devices(args.gpus, args.jobs)
+            code = side_by_side(pipeline, runs, workers, keep_going=args.keep_going, environment=environment)
+            if code and not args.keep_going:
+                return code
+        code = subprocess.run(command, check=False, env=environment).returncode
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    page = RESULTS / pipeline.params.profile / "report.html"
+    if code == 0 and not args.target and page.exists():
+        print(f"report: {page.resolve()}")
+    return code
+
+
+def _cells(args: argparse.Namespace) -> None:
+    keys = ("table", "row", "column", "paper", "source", "run")
+    rows = [{key: getattr(cell, key) for key in keys} for cell in cells()]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        paper = "-" if row["paper"] is None else row["paper"]
+        print(f"{row['table']:3} {row['row']:50} {row['column']:16} {paper!s:>6}  {row['run'] or '(cited)'}")
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from reproduce.settings_tables import DATASETS, write_settings_table
+    from reproduce.tables import Results, write_table
+
+    params = load_params()
+    results = Results(_profile(args, params))
+    known = [*TABLES, *DATASETS]
+    for table in args.table or known:
+        if table not in known:
+            raise UsageError(unknown_name("table", table, known))
+        if table in DATASETS:
+            write_settings_table(table, params, results)
+        else:
+            write_table(table, results)
+    print(f"tables: {(results.root / 'tables').resolve()}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from reproduce.report import write_report
+
+    profile = _profile(args, load_params())
+    write_report(profile, RESULTS / profile)
+    print(f"report: {(RESULTS / profile / 'report.html').resolve()}")
+
+
+def _cards(args: argparse.Namespace) -> None:
+    from reproduce.cards import write_cards
+    from reproduce.tables import Results
+
+    params = load_params()
+    results = Results(_profile(args, params))
+    written = write_cards(params, results)
+    print(f"{len(written)} cards: {(results.root / 'cards').resolve()}")
+
+
+def _ledger(args: argparse.Namespace) -> None:
+    from reproduce.ledger import rows, switched
+
+    params = load_params()
+    if args.run is not None:
+        params.run_info(args.run)
+    found = rows(args.run, args.recipe)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"recipe {args.recipe}: {params.about(args.recipe)}")
+    print(f"entries taken otherwise than by recipe paper: {', '.join(switched(args.recipe)) or 'none'}\n")
+    for row in found:
+        print(f"{row['id']}\n  {row['sources']}\n  taken by recipe {args.recipe}: {row['taken']}", end="")
+        print(f" ({row['switch']})" if row["switch"] else "", f"\n  {row['why']}\n")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from reproduce.tables import Results
+    from reproduce.verify import verify
+
+    outcome = verify(Results(_profile(args, load_params())))
+    write_json(outcome.path.with_suffix(".json"), outcome.document)
+    write_text(outcome.path.with_suffix(".md"), outcome.markdown)
+    print(json.dumps(outcome.document, indent=1) if args.json else outcome.markdown)
+    return outcome.exit_code
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from reproduce.compare import as_html, as_text, compare, open_revision
+
+    with open_revision(args.first) as first, open_revision(args.second) as second:
+        document = compare(first, second, args.profile)
+    if args.html:
+        write_text(args.html, as_html(document))
+    print(json.dumps(document, indent=1) if args.json else as_text(document))
+
+
+def _accept(args: argparse.Namespace) -> None:
+    from reproduce.numerics import accept_changed, accept_same
+
+    params = load_params()
+    if args.same:
+        print(accept_same(params, args.unit, args.python))
+        return
+    for unit in args.unit:
+        print(accept_changed(params, unit, args.changed))
+
+
+def _compare_trees(args: argparse.Namespace) -> int:
+    from reproduce.trees import compare_trees
+
+    unexpected, intended = compare_trees(args.revision, args.cases)
+    for pattern, count in intended.items():
+        print(f"{pattern}: {count} differences on purpose")
+    print(*unexpected, f"{len(unexpected)} differences that are not on purpose", sep="\n")
+    return int(bool(unexpected))
+
+
+def _memory(args: argparse.Namespace) -> None:
+    from reproduce.memory import measure_on_gpu
+
+    params = load_params()
+    path = RESULTS / _profile(args, params) / "memory.json"
+    document = measure_on_gpu(params)
+    write_json(path, document)
+    for run, row in document["runs"].items():
+        print(f"{run:42} dense {row['dense_gb']!s:>6}  this package {row['ours_gb']!s:>6} GiB")
+    print(path)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from mscs.distributed import join_world
+    from reproduce.calibrate import as_text, calibrate, find, listing
+
+    if args.name is None:
+        print(listing())
+        return 0
+    checkpoint = find(args.name)
+    if args.weights is None or args.data is None:
+        raise UsageError(f"give --weights and --data; the weights are at {checkpoint.url}")
+    with join_world(args.device) as world:
+        document = calibrate(
+            checkpoint, args.weights, args.data, load_params(), world, multi_scale=not args.ss
+        )
+        if world.is_main:
+            write_json(RESULTS / "calibration" / f"{args.name}.json", document)
+            print(as_text(args.name, document))
+    return int(not all(row["agrees"] for row in document["scores"].values()))
+
+
+def _resolve(args: argparse.Namespace) -> None:
+    params = load_params()
+    profile = _profile(args, params)
+    path = resolved_path(profile)
+    write_json(path, resolve_all(params, profile))
+    print(path)
+
+
+def _parameters(_args: argparse.Namespace) -> None:
+    from reproduce.tables import parameter_count
+
+    params = load_params()
+    counted: dict[str, str] = {}
+    for run in params.runs:
+        info = params.run_info(run)
+        counted.setdefault(f"{info['dataset']:15} {info['model']:10} {info['backbone']}", run)
+    for network, run in counted.items():
+        print(f"{parameter_count(params, run) / 1e6:8.2f} M  {network}")
+
+
+def _pipeline(_args: argparse.Namespace) -> None:
+    Pipeline(load_params()).write()
+    print(f"{ROOT_FILE} {ROWS_FILE}")
