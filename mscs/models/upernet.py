@@ -8,7 +8,7 @@ from mscs.errors import UsageError
 from mscs.model_options import UPerNetOptions
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
-from mscs.models.layers import FCNHead, conv_norm_relu, resize
+from mscs.models.layers import FCNHead, concatenate, conv_norm_relu, resize
 
 
 class PyramidPooling(nn.Module):
@@ -82,8 +82,7 @@ class UPerNet(SegmentationModel):
             lateral = self.lateral[i](features[i])
             top_down = lateral + resize(top_down, lateral.shape[-2:], self.align_corners)
             levels.insert(0, self.smooth[i](top_down))
-        size = levels[0].shape[-2:]
-        joined = torch.cat([resize(x, size, self.align_corners) for x in levels], dim=1)
+        joined = concatenate(levels, self.align_corners)
         logits = self.classifier(self.dropout(self.fuse(joined)))
         aux_logits = None
         if self.aux_head is not None and self.aux_index is not None:
