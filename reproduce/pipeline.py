@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mscs.datasets.labels import DATASETS
+from mscs.datasets import DATASETS
 from mscs.errors import UsageError, unknown_name
 from mscs.params import Params
 from mscs.results import write_text

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mscs.datasets.labels import DATASETS, check_dataset
 
 from mscs.cli import build_parser
 from mscs.cli import main as mscs_main
+from mscs.datasets.registry import DATASETS, dataset_spec
 from mscs.params import load_params, parse_overrides
 from reproduce import calibrate, ledger, pipeline, tables
 from reproduce.cells import TABLES
@@ -281,7 +281,7 @@ def check_mscs(arguments, inline):
     if getattr(args, "run", None) is not None:
         params().resolve(args.run, args.profile, parse_overrides(args.set))
     if getattr(args, "dataset", None) is not None:
-        check_dataset(args.dataset)
+        dataset_spec(args.dataset)
     assert getattr(args, "profile", None) in (None, "mini", "paper")
 
 

@@ -6,7 +6,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mscs.engine import Snapshot
 from PIL import Image
 
 from mscs.errors import UsageError

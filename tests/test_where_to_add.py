@@ -44,6 +44,7 @@ MODEL = '''\
 
 from torch import Tensor, nn
 
+from mscs.model_options import PixelNetOptions
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
 
@@ -52,13 +53,13 @@ class PixelNet(SegmentationModel):
     """One convolution on the finest map."""
 
     def __init__(
-        self, backbone: Backbone, num_classes: int, projector: str | None, width: int, projector_channels: int
+        self, backbone: Backbone, num_classes: int, projector: str | None, options: PixelNetOptions
     ) -> None:
-        super().__init__(backbone, align_corners=False)
+        super().__init__(backbone, options)
         self.classifier = nn.Sequential(
-            nn.Conv2d(backbone.channels[0], width, 1), nn.ReLU(), nn.Conv2d(width, num_classes, 1)
+            nn.Conv2d(backbone.channels[0], options.width, 1), nn.Conv2d(options.width, num_classes, 1)
         )
-        self.add_projectors(projector, {"backbone": backbone.channels}, projector_channels)
+        self.add_projectors(projector, {"backbone": backbone.channels})
 
     def decode(self, features: list[Tensor]) -> Decoded:
         """Return logits at the finest map's size."""
@@ -150,8 +151,13 @@ def add_model(folder: Path) -> None:
         ('    "upernet": UPerNet,\n', '    "upernet": UPerNet,\n    "pixelnet": PixelNet,\n'),
     )
     edit(
-        next(folder.glob("mscs/**/*options.py")),
-        ('    "upernet": {\n', '    "pixelnet": {**COMMON_DEFAULTS, "width": 8},\n    "upernet": {\n'),
+        folder / "mscs/model_options.py",
+        (
+            "MODEL_OPTIONS: dict[str, ModelOptions] = {\n",
+            '@dataclass(frozen=True, kw_only=True)\nclass PixelNetOptions(ModelOptions):\n    """Its."""\n\n'
+            "    width: int = 8\n\n\nMODEL_OPTIONS: dict[str, ModelOptions] = {\n"
+            '    "pixelnet": PixelNetOptions(),\n',
+        ),
     )
     edit(
         folder / "numerics.yaml",

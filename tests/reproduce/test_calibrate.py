@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mscs.engine import build_network, open_dataset
 
 from mscs.build import network, open_dataset, protocol
 from mscs.distributed import World

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mscs.engine import build_network
 from PIL import Image
 
 from mscs.build import network

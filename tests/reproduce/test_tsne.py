@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mscs.engine import build_network
 from PIL import Image
 
 from mscs.build import network
