@@ -1,13 +1,12 @@
 """Eq. 5's contrastive part: within-scale terms, cross-scale terms, and their weighted sum."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mscs.losses.contrastive import check_options, prepare, sorted_loss
+from mscs.losses.contrastive import Rows, check_options, prepare, sorted_loss
 from mscs.losses.groups import check_groups
 from mscs.losses.sampling import (
     Anchors,
@@ -97,11 +96,11 @@ class MultiScaleContrastiveLoss(nn.Module):
         self.multi_scale_weight = multi_scale_weight
         self.cross_scale_weight = cross_scale_weight
         self.images_per_group = images_per_group
-        self._term = partial(
-            sorted_loss, temperature=temperature, unit=True, backend=backend, precision=precision
-        )
+        self.temperature = temperature
+        self.sampling = sampling
+        self.min_views, self.max_views, self.max_anchors = min_views, max_views, max_anchors
         self.ignore_index = ignore_index
-        self._caps = None if sampling == "all" else (min_views, max_views, max_anchors)
+        self.backend, self.precision = backend, precision
 
     def forward(
         self,
@@ -162,7 +161,17 @@ class MultiScaleContrastiveLoss(nn.Module):
         chosen = iter(select(draws))
         return [[next(chosen).by_class().gather(feature[group]) for feature in features] for group in groups]
 
+    def _term(self, *sets: Rows) -> Tensor:
+        return sorted_loss(
+            *sets,
+            temperature=self.temperature,
+            unit=True,
+            backend=self.backend,
+            precision=self.precision,
+        )
+
     def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Draw:
-        if self._caps is None:
+        if self.sampling == "all":
             return FullDraw(labels, self.ignore_index)
-        return BalancedDraw(labels, self.ignore_index, *self._caps, generator)
+        caps = self.min_views, self.max_views, self.max_anchors
+        return BalancedDraw(labels, self.ignore_index, *caps, generator)

@@ -134,7 +134,7 @@ def answer(status="200 OK", body=DATA, **headers):
 
 
 def brief(value):
-    return str(value)[:30]
+    return value.__name__ if callable(value) else str(value)[:30]
 
 
 def endless(connection):
