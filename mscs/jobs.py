@@ -62,18 +62,15 @@ def train(job: Job, argv: Sequence[str], *, processes: int | None = None, restar
     groups = job.settings.schedule.groups
     launched = "WORLD_SIZE" in os.environ
     if launched:
-        processes = 1
+        processes = int(os.environ["WORLD_SIZE"])
     elif processes is None:
         processes = default_processes(job.device, groups)
-    if processes < 1 or groups % processes:
-        raise UsageError(
-            f"--processes {processes}: a batch is {groups} groups of images; accepted are its divisors"
-        )
+    check_processes(job.settings, processes)
     if restarts < 0:
         raise UsageError(f"--restarts {restarts}: accepted are numbers from 0")
     check_packages(accept=job.accept_packages)
     require_data(job.settings, job.data_root)
-    if processes > 1 or (restarts and not launched):
+    if not launched and (processes > 1 or restarts):
         return launch(processes, restarts, argv)
 
     from mscs.distributed import join_world
@@ -116,6 +113,16 @@ def evaluate(
                 run = job.settings.run
                 print(f"{run} seed {seed}: mIoU {shown} (in percent, {split}), in {folder}")
     return records
+
+
+def check_processes(settings: Settings, processes: int) -> None:
+    """Raise UsageError unless the groups of a batch can be shared among so many processes."""
+    groups = settings.schedule.groups
+    if processes < 1 or groups % processes:
+        raise UsageError(
+            f"{processes} processes cannot share a batch of {groups} groups of images; accepted are the "
+            f"divisors of {groups}"
+        )
 
 
 def default_processes(device: str, groups: int) -> int:
@@ -168,10 +175,10 @@ def require_data(settings: Settings, root: Path) -> None:
     marker = root / GENERATED
     made = read_mapping(marker) if marker.is_file() else None
     if (made is not None) != (data.source == "generated"):
-        kind = "generated scenes" if made else "a real dataset"
+        kind, source = ("a real dataset", "real") if made is None else ("generated scenes", "generated")
         raise UsageError(
             f"{root} holds {kind}, the settings of {settings.run} say data_source: {data.source}; name "
-            f"the right folder with --data-root, or --set data_source={'generated' if made else 'real'}"
+            f"the right folder with --data-root, or --set data_source={source}"
         )
     if made is None:
         from mscs.datasets.verify import check_manifest

@@ -11,9 +11,9 @@ from mscs.checkpoint import differences, file_digest, lock, prune, read_header, 
 from mscs.datasets.base import MANIFEST
 from mscs.datasets.spec import GENERATED
 from mscs.distributed import World, barrier
-from mscs.errors import MscsError, UsageError
+from mscs.errors import MscsError
 from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
-from mscs.jobs import Job
+from mscs.jobs import Job, check_processes
 from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
@@ -30,7 +30,7 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
     pipeline did not record its stage, they are made again in seconds.
     """
     settings, files = job.settings, job.files(seed)
-    check_world(settings, world)
+    check_processes(settings, world.size)
     if not job.fresh and is_trained(settings, seed, files):
         return False
     build.apply_machine_settings(settings)
@@ -99,16 +99,6 @@ def evaluate_seed(
     if checkpoint is None:
         remove_checkpoints(checkpoint_folder(settings, seed), world)
     return record
-
-
-def check_world(settings: Settings, world: World) -> None:
-    """Raise UsageError unless the groups of a batch can be shared among the processes."""
-    groups = settings.schedule.groups
-    if groups % world.size:
-        raise UsageError(
-            f"{world.size} processes cannot share a batch of {groups} groups of images; accepted are the "
-            f"divisors of {groups}"
-        )
 
 
 def is_trained(settings: Settings, seed: int, files: SeedFiles) -> bool:
