@@ -222,9 +222,10 @@ def test_a_missing_key_names_the_run(document):
 
 
 def test_a_run_id_with_a_dot_or_a_foreign_name_is_refused(document):
-    document["runs"]["cityscapes-hrnet-hr48-v1.5"] = document["runs"]["cityscapes-hrnet-hr48-ce"]
-    with pytest.raises(UsageError, match="without dots"):
-        Params(document)
+    for name, message in (("hr48-v1.5", "letters, digits"), ("hr18-ce", "<dataset>-<model>-<variant>")):
+        runs = {f"cityscapes-hrnet-{name}": document["runs"]["cityscapes-hrnet-hr48-ce"]}
+        with pytest.raises(UsageError, match=message):
+            Params({**document, "runs": runs})
 
 
 def test_unknown_model_option_is_refused(params):
@@ -381,7 +382,7 @@ def test_a_value_that_is_no_yaml_is_one_line(value):
         ("  hflip: 0.5", "  hflip: 0.5\n  hflip: 0.4", "stands twice"),
         ("profile: mini", "profile: [mini]", "unknown profile"),
         ("steps_factor:", "steps_factor: abc #", "a valid number"),
-        ("\nruns:", "\nruns:\n  5: {}", "a run's id is text"),
+        ("\nruns:", "\nruns:\n  5: {}", "found the name 5; accepted are letters"),
     ],
 )
 def test_slips_in_the_file_are_named(tmp_path, old, new, message):
