@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mscs.datasets import DATASETS
 from mscs.errors import MscsError
 from mscs.params import Params, load_params
 from mscs.paths import RESULTS
@@ -17,9 +18,6 @@ from reproduce.rendering import csv_table, latex_table, markdown_list, markdown_
 
 MINI_STAMP = "profile mini: generated data, tiny networks, not comparable with the paper"
 PAPER_STAMP = "profile paper"
-TOLERANCES = {"cityscapes": 0.6, "ade20k": 1.0, "pascal_context": 0.7, "cadis": 1.0}
-"""How far a retrained mIoU may lie from the published one, in points, from spreads that others report
-over seeds (Cityscapes 0.1-0.6, ADE20K up to 1, see docs/fidelity.md)."""
 PARAMETER_TOLERANCE = 1.0
 COMPARABLE = ("reproduced", "off", "cited, not judged", "not judged")
 """Statuses of cells whose difference to the paper's value is shown."""
@@ -160,8 +158,8 @@ class Results:
             return "no published value"
         if not cell.judged:
             return "cited, not judged" if "cited" in cell.source else "not judged"
-        tolerance = TOLERANCES[self.params.run_info(cell.run)["dataset"]]
-        return "reproduced" if abs(difference) <= tolerance else "off"
+        dataset = DATASETS[self.params.run_info(cell.run)["dataset"]]
+        return "reproduced" if abs(difference) <= dataset.tolerance else "off"
 
     def direction(self, claim: Claim) -> Direction:
         """Return what was measured of a claimed direction, judged by the rule of `reproduce.verify`."""

@@ -1,7 +1,7 @@
 """Does it reproduce? Every cell and every claimed direction against the paper, by a rule written down here.
 
 A cell is reproduced when our value lies within the dataset's tolerance of the published one (see
-`reproduce.tables.TOLERANCES`), or within two standard errors of our own seeds where those are wider. A
+`mscs.datasets.spec.Spec`), or within two standard errors of our own seeds where those are wider. A
 direction holds when its gap has the paper's sign, and is certain when it also exceeds twice the standard
 error of the difference of the two means; with a single seed nothing is certain. A cell whose published value
 is no measurement of the paper's own (`judged: false` in paper.yaml) is shown and not judged. In profile mini
