@@ -44,6 +44,7 @@ MODEL = '''\
 
 from torch import Tensor, nn
 
+from mscs.model_options import PixelNetOptions
 from mscs.models.backbone import Backbone
 from mscs.models.base import Decoded, SegmentationModel
 
@@ -52,17 +53,26 @@ class PixelNet(SegmentationModel):
     """One convolution on the finest map."""
 
     def __init__(
-        self, backbone: Backbone, num_classes: int, projector: str | None, width: int, projector_channels: int
+        self, backbone: Backbone, num_classes: int, projector: str | None, options: PixelNetOptions
     ) -> None:
-        super().__init__(backbone, align_corners=False)
+        super().__init__(backbone, options)
+        width = options.width
         self.classifier = nn.Sequential(
             nn.Conv2d(backbone.channels[0], width, 1), nn.ReLU(), nn.Conv2d(width, num_classes, 1)
         )
-        self.add_projectors(projector, {"backbone": backbone.channels}, projector_channels)
+        self.add_projectors(projector, {"backbone": backbone.channels})
 
     def decode(self, features: list[Tensor]) -> Decoded:
         """Return logits at the finest map's size."""
         return Decoded(self.classifier(features[0]), None, {"backbone": features})
+'''
+
+OPTIONS = '''\
+@dataclass(frozen=True, kw_only=True)
+class PixelNetOptions(ModelOptions):
+    """Options of `pixelnet`."""
+
+    width: int = 8
 '''
 
 LOSS = '''\
@@ -150,8 +160,12 @@ def add_model(folder: Path) -> None:
         ('    "upernet": UPerNet,\n', '    "upernet": UPerNet,\n    "pixelnet": PixelNet,\n'),
     )
     edit(
-        next(folder.glob("mscs/**/*options.py")),
-        ('    "upernet": {\n', '    "pixelnet": {**COMMON_DEFAULTS, "width": 8},\n    "upernet": {\n'),
+        folder / "mscs/model_options.py",
+        ("\nMODEL_OPTIONS:", f"\n{OPTIONS}\n\nMODEL_OPTIONS:"),
+        (
+            '    "upernet": UPerNetOptions(),\n',
+            '    "upernet": UPerNetOptions(),\n    "pixelnet": PixelNetOptions(),\n',
+        ),
     )
     edit(
         folder / "numerics.yaml",
@@ -263,7 +277,7 @@ def test_the_readme_lists_these_places():
     section = Path("README.md").read_text().partition("## Where do I add")[2].partition("\n## ")[0]
     places = {
         "dataset": ["mscs/datasets/", "registry.py", "numerics.yaml", "params.yaml"],
-        "model": ["mscs/models/", "BUILDERS", "options.py", "numerics.yaml", "params.yaml"],
+        "model": ["mscs/models/", "BUILDERS", "mscs/model_options.py", "numerics.yaml", "params.yaml"],
         "loss": ["mscs/losses/", "mscs/settings.py", "EMBEDDING_LOSSES", "numerics.yaml", "params.yaml"],
         "recipe": ["params.yaml", "ledger.yaml"],
     }
