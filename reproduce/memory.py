@@ -75,7 +75,8 @@ def train_steps(settings: Settings, backend: str, device: torch.device) -> float
     objective = build.objective(settings, labels.class_weights).to(device)
     for module in objective.modules():
         if isinstance(module, MultiScaleContrastiveLoss):
-            module.backend = backend    optimizer = build.optimizer(settings, model, fused=device.type == "cuda")
+            module.backend = backend
+    optimizer = build.optimizer(settings, model, fused=device.type == "cuda")
     generator = torch_generator(0, "memory")
     height, width = settings.schedule.crop_size
     shape = (settings.schedule.images_per_group, height // LABEL_BLOCK, width // LABEL_BLOCK)
