@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"errors", "seeding", "distributed", "metrics", "results", "provenance", "blocks", "command_line"},
+    {
+        "errors",
+        "seeding",
+        "distributed",
+        "metrics",
+        "results",
+        "provenance",
+        "blocks",
+        "command_line",
+        "model_options",
+    },
     {"datasets", "transforms", "models", "losses", "optim"},
     {"settings", "numerics", "params", "paths", "loader", "checkpoint", "inference", "predictions"},
     {"build", "monitor", "doctor"},

@@ -107,7 +107,7 @@ def test_every_run_resolves_in_every_profile_and_comes_back_from_flat_json(param
             assert flat.items() <= {key: resolved.values[key] for key in flat}.items()
             assert set(resolved.values) == set(keys(Settings)) == set(resolved.sources)
             assert "." not in run
-            assert set(settings.model.options) <= set(MODEL_OPTIONS[settings.model.name])
+            assert set(settings.model.options) <= set(vars(MODEL_OPTIONS[settings.model.name]))
 
 
 @pytest.mark.parametrize(
