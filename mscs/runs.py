@@ -92,7 +92,7 @@ def evaluate_seed(
         settings, seed, checkpoint or files.weights, job.data_root, world, split=split, save=save
     )
     if checkpoint is None:
-        record["digest"] = settings.digest()
+        record |= {"digest": settings.digest(), "numerics": settings.numerics["train"]}
     if world.is_main:
         write_json(folder / "evaluation.json", record)
         write_json(folder / "confusion.json", {name: nonzero(m) for name, m in matrices.items()})

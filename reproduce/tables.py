@@ -90,9 +90,10 @@ class Results:
     def evaluation(self, run: str) -> dict[str, Any] | None:
         """Return the scores of all seeds of a run in one record, or None where it has not been run."""
         records = [read_json(path) for path in self.seed_files(run, "evaluation.json")]
-        if len({record.get("digest") for record in records}) > 1:
+        trainings = [(record.get("digest"), record.get("numerics")) for record in records]
+        if any(training != trainings[0] for training in trainings):
             raise MscsError(
-                f"the seeds of {run} were trained under different settings; `python -m reproduce run {run}` "
+                f"the seeds of {run} were trained under different settings or versions of the code; `python -m reproduce run {run}` "
                 "brings them up to date"
             )
         return join_seeds(records) if records else None
