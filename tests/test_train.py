@@ -27,6 +27,7 @@ from mscs.train import Trainer
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
 SMALL = {
     "steps": 6,
+    "batch_size": 4,
     "log_every": 1,
     "checkpoint_every": 2,
     "threads": 1,
