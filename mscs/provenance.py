@@ -25,7 +25,8 @@ def git_state() -> dict[str, Any]:
         git = ["git", "-C", str(Path(__file__).parents[1])]
         _output([*git, "ls-files", "--error-unmatch", "mscs/provenance.py"])
         commit = _output([*git, "rev-parse", "HEAD"])
-        changed = _output([*git, "status", "--porcelain", "--", "mscs", "reproduce/*.py", "params.yaml", "numerics.yaml"])
+        decisive = ("mscs", "reproduce/*.py", "params.yaml", "numerics.yaml")
+        changed = _output([*git, "status", "--porcelain", "--", *decisive])
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}

@@ -93,8 +93,8 @@ class Results:
         trainings = [(record.get("digest"), record.get("numerics")) for record in records]
         if any(training != trainings[0] for training in trainings):
             raise MscsError(
-                f"the seeds of {run} were trained under different settings or versions of the code; `python -m reproduce run {run}` "
-                "brings them up to date"
+                f"the seeds of {run} were trained under other settings or versions of the code: `python -m "
+                f"reproduce run {run}` brings them up to date"
             )
         return join_seeds(records) if records else None
 
