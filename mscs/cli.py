@@ -153,8 +153,8 @@ def _settings(args: argparse.Namespace, **overrides: Any) -> Settings:
         chosen = parse_overrides(args.set) | overrides
         return load_params(args.params).resolve(args.run, args.profile, chosen).settings
     if args.set or overrides:
-        changed = ", ".join([*args.set, *overrides])
-        raise UsageError(f"{changed}: changes params.yaml's values and cannot be combined with --settings")
+        option = "--set" if args.set else "--ms"
+        raise UsageError(f"{option} changes params.yaml's values and cannot be combined with --settings")
     return read_resolved(args.settings, args.run)
 
 
