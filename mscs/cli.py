@@ -12,7 +12,8 @@ from typing import Any
 import mscs
 from mscs.command_line import add_command, run_command
 from mscs.errors import UsageError
-from mscs.jobs import Job, evaluate, train
+from mscs.job import Job
+from mscs.launch import evaluate, train
 from mscs.params import load_params, parse_overrides
 from mscs.paths import read_resolved
 from mscs.settings import Settings

@@ -13,7 +13,7 @@ from mscs.datasets.spec import GENERATED
 from mscs.distributed import World, barrier
 from mscs.errors import MscsError
 from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
-from mscs.jobs import Job, check_processes
+from mscs.job import Job, check_processes
 from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mscs import jobs
+from mscs import launch
 from mscs.command_line import run_command
 from mscs.errors import MscsError
+from mscs.job import Job
 from mscs.params import load_params
 from mscs.paths import (
     RESULTS,
@@ -67,12 +68,12 @@ def train(profile: str, run: str, seed: str) -> int:
     """Train one seed of a run, or go on with it."""
     argv = ["train", run, "--settings", str(resolved_path(profile)), "--seed", seed]
     fresh = bool(os.environ.get("MSCS_FRESH"))
-    return jobs.train(_job(profile, run, seed, fresh=fresh), [*argv, *(["--fresh"] if fresh else [])])
+    return launch.train(_job(profile, run, seed, fresh=fresh), [*argv, *(["--fresh"] if fresh else [])])
 
 
 def evaluate(profile: str, run: str, seed: str) -> None:
     """Score one seed of a run."""
-    jobs.evaluate(_job(profile, run, seed))
+    launch.evaluate(_job(profile, run, seed))
 
 
 def tables(profile: str, table: str) -> None:
@@ -116,9 +117,9 @@ VERBS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def _job(profile: str, run: str, seed: str, **further: Any) -> jobs.Job:
+def _job(profile: str, run: str, seed: str, **further: Any) -> Job:
     settings = read_resolved(resolved_path(profile), run)
-    return jobs.Job(settings=settings, seeds=[int(seed)], folder=run, **further)
+    return Job(settings=settings, seeds=[int(seed)], folder=run, **further)
 
 
 def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
@@ -134,7 +135,7 @@ def _trained(profile: str, run: str) -> "TrainedRun":
 
     settings = read_resolved(resolved_path(profile), run)
     root = data_root(settings)
-    jobs.require_data(settings, root)
+    launch.require_data(settings, root)
     files = SeedFiles(profile, run, settings.seeds[0])
     check_weights(settings, settings.seeds[0], files)
     return TrainedRun(settings, files.weights, root, run)

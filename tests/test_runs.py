@@ -16,7 +16,7 @@ from mscs.checkpoint import file_digest, read_weights, save_checkpoint, save_wei
 from mscs.cli import main
 from mscs.distributed import World
 from mscs.errors import MscsError, UsageError
-from mscs.jobs import Job, check_processes
+from mscs.job import Job, check_processes
 from mscs.monitor import Stopped
 from mscs.paths import checkpoint_folder
 from mscs.results import read_json, write_json

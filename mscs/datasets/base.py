@@ -1,9 +1,6 @@
 """Read a split of a dataset: `build_dataset` -> `Dataset`, whose items are `Sample`s."""
 
 import io
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet
@@ -217,16 +213,3 @@ def text_in(path: Path, key: str) -> str:
     """Return one text of a JSON file; an empty one if the file is damaged."""
     found = read_json(path)
     return str(found.get(key, "")) if isinstance(found, dict) else ""
-
-
-def in_parallel(
-    work: Callable[[Any], Any], items: Sequence[Any], text: str, *, workers: int | None, progress: bool
-) -> Iterator[Any]:
-    """Yield `work` of every item in order, done by threads (None: one per core) under a progress bar."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        jobs = [pool.submit(work, item) for item in items]
-        try:
-            for job in tqdm(jobs, desc=text, disable=None if progress else True):
-                yield job.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest

@@ -91,7 +91,7 @@ def convert_labels(root: Path, *, progress: bool = True) -> int:
     """
     import cv2
 
-    from mscs.datasets.base import in_parallel
+    from mscs.datasets.parallel import in_parallel
 
     target = root / LABEL_FOLDER
     if target.is_dir():

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mscs.datasets.archive import require_space
-from mscs.datasets.base import CACHE, decode_image, decode_label, image_size, in_parallel, read_bytes, text_in
+from mscs.datasets.base import CACHE, decode_image, decode_label, image_size, read_bytes, text_in
+from mscs.datasets.parallel import in_parallel
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.verify import read_manifest
 from mscs.errors import MscsError

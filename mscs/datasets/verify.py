@@ -19,9 +19,9 @@ from mscs.datasets.base import (
     check_sizes,
     decode_image,
     decode_label,
-    in_parallel,
     read_bytes,
 )
+from mscs.datasets.parallel import in_parallel
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED, Entry
 from mscs.errors import MscsError, UsageError

@@ -8,53 +8,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mscs.datasets.spec import GENERATED
 from mscs.errors import UsageError
+from mscs.job import Job, check_processes
 from mscs.numerics import check_packages
-from mscs.paths import SeedFiles, data_root
+from mscs.paths import data_root
 from mscs.results import read_mapping
 from mscs.settings import Data, Settings
 
 if TYPE_CHECKING:
     from mscs.evaluation import OnPrediction
-    from mscs.train import Observer
 
 SAVING_SECONDS = 110
 """How long processes that were asked to stop may take; Docker and schedulers are told to wait two minutes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """How a training or an evaluation is carried out: nothing here changes its outcome."""
-
-    settings: Settings
-    seeds: Sequence[int]
-    folder: str
-    """Name of the run's folders, see `SeedFiles`."""
-    root: Path | None = None
-    """Folder of the dataset, if not the usual one."""
-    device: str = "auto"
-    workers: int | None = None
-    """Processes that read data ahead; None: 0 on a CPU, 4 on a GPU."""
-    fresh: bool = False
-    """Start from step 0 even if there is a checkpoint or a result."""
-    accept_changed: bool = False
-    """Go on from a checkpoint of another version of the code."""
-    accept_packages: bool = False
-    observers: "Sequence[Observer]" = field(default_factory=tuple)
-
-    @property
-    def data_root(self) -> Path:
-        """Folder of the dataset."""
-        return self.root or data_root(self.settings)
-
-    def files(self, seed: int) -> SeedFiles:
-        """Return the files of one seed."""
-        return SeedFiles(self.settings.profile, self.folder, seed)
 
 
 def train(job: Job, argv: Sequence[str], *, processes: int | None = None, restarts: int = 0) -> int:
@@ -113,16 +82,6 @@ def evaluate(
                 run = job.settings.run
                 print(f"{run} seed {seed}: mIoU {shown} (in percent, {split}), in {folder}")
     return records
-
-
-def check_processes(settings: Settings, processes: int) -> None:
-    """Raise UsageError unless the groups of a batch can be shared among so many processes."""
-    groups = settings.schedule.groups
-    if processes < 1 or groups % processes:
-        raise UsageError(
-            f"{processes} processes cannot share a batch of {groups} groups of images; accepted are the "
-            f"divisors of {groups}"
-        )
 
 
 def default_processes(device: str, groups: int) -> int:

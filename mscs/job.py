@@ -1,0 +1,53 @@
+"""What is to be carried out, and how: the settings of a run, seeds, folders, device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mscs.errors import UsageError
+from mscs.paths import SeedFiles, data_root
+from mscs.settings import Settings
+
+if TYPE_CHECKING:
+    from mscs.train import Observer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """How a training or an evaluation is carried out: nothing here changes its outcome."""
+
+    settings: Settings
+    seeds: Sequence[int]
+    folder: str
+    """Name of the run's folders, see `SeedFiles`."""
+    root: Path | None = None
+    """Folder of the dataset, if not the usual one."""
+    device: str = "auto"
+    workers: int | None = None
+    """Processes that read data ahead; None: 0 on a CPU, 4 on a GPU."""
+    fresh: bool = False
+    """Start from step 0 even if there is a checkpoint or a result."""
+    accept_changed: bool = False
+    """Go on from a checkpoint of another version of the code."""
+    accept_packages: bool = False
+    observers: "Sequence[Observer]" = field(default_factory=tuple)
+
+    @property
+    def data_root(self) -> Path:
+        """Folder of the dataset."""
+        return self.root or data_root(self.settings)
+
+    def files(self, seed: int) -> SeedFiles:
+        """Return the files of one seed."""
+        return SeedFiles(self.settings.profile, self.folder, seed)
+
+
+def check_processes(settings: Settings, processes: int) -> None:
+    """Raise UsageError unless the groups of a batch can be shared among so many processes."""
+    groups = settings.schedule.groups
+    if processes < 1 or groups % processes:
+        raise UsageError(
+            f"{processes} processes cannot share a batch of {groups} groups of images; accepted are the "
+            f"divisors of {groups}"
+        )
