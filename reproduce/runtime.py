@@ -5,7 +5,9 @@ those of mini here; MSCS_RUNTIME=native or docker overrides. The project is moun
 links between its files may be absolute.
 """
 
+import hashlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,8 @@ from mscs.provenance import git_state
 RUNTIMES = ("native", "docker")
 IMAGE = "mscs:train"
 SHARED_MEMORY = "8g"  # data loader workers hand batches over in /dev/shm; engines give 64 MB
+PROCESSES = 4096  # at most in one container: training processes, data readers, their threads
+RUN_VERBS = ("train", "evaluate")
 GPU_VERBS = ("train", "evaluate", "tsne", "qualitative")
 PASSED_ON = ("MSCS_DATA", "MSCS_FRESH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 INSTEAD = "; MSCS_RUNTIME=native runs the stage without a container"
@@ -52,8 +56,11 @@ def run_in_container(verb: str, profile: str, names: Sequence[str]) -> int:
         from docker.types import DeviceRequest
 
         options["device_requests"] = [DeviceRequest(driver="nvidia", count=-1, capabilities=[["gpu"]])]
-    if "name=rootless" in client.info().get("SecurityOptions", ()):
+    security = client.info().get("SecurityOptions", ())
+    if "name=rootless" in security:
         options["user"] = "0:0"  # a rootless engine's root is the person who runs it
+    if "name=userns" in security:
+        options["userns_mode"] = "host"  # else the files would belong to a user of the engine's own
     container = create(client, image, options)
     print(f"{options['name']}: in {image.tags[0] if image.tags else image.id}", file=sys.stderr)
     try:
@@ -95,7 +102,10 @@ def container_options(
 
     Its name has no random part: two containers that write the same files cannot be there at once.
     """
+    from docker.types import Mount
+
     git = git_state()
+    project = f"{re.sub('[^a-zA-Z0-9_.-]', '', root.name)}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
     environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
     environment |= {
         "HOME": "/tmp",
@@ -106,12 +116,17 @@ def container_options(
     if git["commit"]:
         environment["MSCS_GIT_COMMIT"] = git["commit"] + ("-dirty" if git["dirty"] else "")
     return {
-        "name": "-".join(("mscs", *names) if verb in ("train", "evaluate") else ("mscs", verb, *names)),
+        "name": "-".join(("mscs", project, profile, *(() if verb in RUN_VERBS else (verb,)), *names)),
         "command": ["python", "-m", "reproduce.stages", verb, profile, *names],
         "working_dir": str(root),
-        "volumes": [f"{path}:{path}:{mode}" for path, mode in mounts(root).items()],
+        "mounts": [
+            Mount(str(path), str(path), type="bind", read_only=mode == "ro")
+            for path, mode in mounts(root, writes_data=verb == "data").items()
+        ],
         "user": f"{os.getuid()}:{os.getgid()}",
-        "userns_mode": "host",
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "pids_limit": PROCESSES,
         "environment": environment,
         "network_mode": os.environ.get("MSCS_NETWORK") or "none",
         "shm_size": SHARED_MEMORY,
@@ -127,17 +142,23 @@ def weights_folder() -> Path:
     return Path(os.environ.get("MSCS_WEIGHTS") or hub).absolute()
 
 
-def mounts(root: Path) -> dict[Path, str]:
-    """Return the folders that a stage uses and how: the project rw, data outside it or linked ro."""
+def mounts(root: Path, *, writes_data: bool = False) -> dict[Path, str]:
+    """Return the folders that a stage uses and how: the project and its data ro, what it writes rw.
+
+    A stage that checks a dataset writes the manifest into its folder.
+    """
     data = (root / os.environ.get("MSCS_DATA", "data")).absolute()
-    found = {folder.resolve(): "rw" for folder in (root / "work", root / "results") if folder.is_dir()}
+    found = {root: "ro"}
+    for folder in (root / "work", root / "results"):
+        folder.mkdir(exist_ok=True)
+        found |= {folder: "rw", folder.resolve(): "rw"}
     found |= {weights_folder(): "rw"} if weights_folder().is_dir() else {}
     for folder in (data, *(data.glob("*") if data.is_dir() else ())):
         for path in {folder, folder.resolve()}:
             if path.is_dir():
-                found.setdefault(path, "ro")
-    outside = {path: mode for path, mode in found.items() if not path.is_relative_to(root)}
-    return {root: "rw", **outside}
+                found.setdefault(path, "rw" if writes_data else "ro")
+    linked = {folder for folder in found if folder.is_symlink()}  # their targets are mounted instead
+    return {path: mode for path, mode in found.items() if path not in linked}
 
 
 def create(client: Any, image: Any, options: dict[str, Any]) -> Any:
@@ -146,6 +167,11 @@ def create(client: Any, image: Any, options: dict[str, Any]) -> Any:
 
     with suppress(docker.errors.NotFound):
         old = client.containers.get(options["name"])
+        if old.status == "created":
+            raise MscsError(
+                f"container {options['name']} was created by another process, which has not started it; wait "
+                f"for it, or remove what a killed one left: `docker rm {options['name']}`"
+            )
         if old.status in ("running", "paused", "restarting"):
             raise MscsError(
                 f"container {options['name']} is at work on the same files; wait for it, or stop it: "

@@ -3,6 +3,7 @@
 Runs on a copy of the project with mini cut down further; skipped without an engine or without the images.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -232,7 +233,8 @@ def test_a_killed_container_saves_and_goes_on_exactly(engine, long_run, monkeypa
     for name in ("MSCS_IN_CONTAINER", "MSCS_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MSCS_RUNTIME", "docker")
-    name = f"mscs-{LONG_RUN}-0"
+    digest = hashlib.sha256(bytes(long_run)).hexdigest()[:6]
+    name = f"mscs-{long_run.name}-{digest}-mini-{LONG_RUN}-0"
     with subprocess.Popen(
         stage, cwd=long_run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as started:

@@ -1,5 +1,6 @@
 """Which runtime a stage gets, what its container is created with, and what goes wrong; without an engine."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -18,6 +19,10 @@ def _plain_environment(monkeypatch, tmp_path):
     for name in ("MSCS_RUNTIME", "MSCS_IN_CONTAINER", "MSCS_DATA", "MSCS_TRAIN_IMAGE", "MSCS_NETWORK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MSCS_WEIGHTS", str(tmp_path / "weights"))
+
+
+def project_name(root):
+    return f"{root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
 
 
 class Container:
@@ -128,7 +133,7 @@ def test_a_stage_goes_to_its_container_with_the_same_words(monkeypatch, tmp_path
         "cadis-ocrnet-r50-ce",
         "0",
     ]
-    assert engine.created["name"] == "mscs-cadis-ocrnet-r50-ce-0"
+    assert engine.created["name"] == f"mscs-{project_name(tmp_path)}-paper-cadis-ocrnet-r50-ce-0"
     assert engine.created["device_requests"][0]["Capabilities"] == [["gpu"]]
     assert engine.container.removed
 
@@ -138,7 +143,10 @@ def test_the_container_is_closed_to_the_network_and_belongs_to_the_caller(monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("CITYSCAPES_PASSWORD", "hidden")
     options = runtime.container_options("tables", "mini", ["1a"], tmp_path, "sha256:1234")
-    assert options["name"] == "mscs-tables-1a"
+    assert options["name"] == f"mscs-{project_name(tmp_path)}-mini-tables-1a"
+    assert (options["cap_drop"], options["security_opt"]) == (["ALL"], ["no-new-privileges"])
+    assert options["pids_limit"] > 0
+    assert "userns_mode" not in options
     assert options["network_mode"] == "none"
     assert options["user"] == f"{os.getuid()}:{os.getgid()}"
     assert options["working_dir"] == str(tmp_path)
@@ -158,17 +166,26 @@ def test_what_lies_outside_the_project_is_mounted_too(monkeypatch, tmp_path):
     (project / "work").symlink_to(disk / "work")
     monkeypatch.setenv("MSCS_DATA", str(data))
     assert runtime.mounts(project) == {
-        project: "rw",
+        project: "ro",
         disk / "work": "rw",
+        project / "results": "rw",
         tmp_path / "weights": "rw",
         data: "ro",
         data / "cadis": "ro",
-        data / "ade20k": "ro",
         disk / "ade": "ro",
     }
     monkeypatch.delenv("MSCS_DATA")
     monkeypatch.setenv("MSCS_WEIGHTS", str(project / "work"))
-    assert list(runtime.mounts(project)) == [project, disk / "work"]
+    assert list(runtime.mounts(project)) == [project, disk / "work", project / "results"]
+
+
+def test_a_stage_that_checks_data_may_write_the_manifest(monkeypatch, tmp_path):
+    (tmp_path / "sets/cadis").mkdir(parents=True)
+    monkeypatch.setenv("MSCS_DATA", str(tmp_path / "sets"))
+    (tmp_path / "project").mkdir()
+    found = runtime.mounts(tmp_path / "project")
+    assert found[tmp_path / "sets/cadis"] == "ro"
+    assert runtime.mounts(tmp_path / "project", writes_data=True)[tmp_path / "sets/cadis"] == "rw"
 
 
 def test_output_and_exit_code_come_through(capfdbinary):
@@ -195,7 +212,10 @@ def test_a_container_out_of_memory_is_named():
 def test_a_second_start_is_refused_and_a_dead_container_replaced(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     use(monkeypatch, Engine(Container(), old=Container(status="running")))
-    with pytest.raises(MscsError, match=r"mscs-some-run-0 is at work .*docker stop"):
+    with pytest.raises(MscsError, match=r"-mini-some-run-0 is at work .*docker stop"):
+        runtime.run_in_container("train", "mini", ["some-run", "0"])
+    use(monkeypatch, Engine(Container(), old=Container(status="created")))
+    with pytest.raises(MscsError, match=r"another process, which has not started it; .*docker rm"):
         runtime.run_in_container("train", "mini", ["some-run", "0"])
     dead = Container(status="exited")
     engine = use(monkeypatch, Engine(Container(), old=dead))
