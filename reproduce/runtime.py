@@ -123,7 +123,7 @@ def container_options(
             Mount(str(path), str(path), type="bind", read_only=mode == "ro")
             for path, mode in mounts(root, writes_data=verb == "data").items()
         ],
-        "user": f"{os.getuid()}:{os.getgid()}",
+        "user": "{}:{}".format(*owner(root)),
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "pids_limit": PROCESSES,
@@ -133,6 +133,13 @@ def container_options(
         "init": True,
         "detach": True,
     }
+
+
+def owner(root: Path) -> tuple[int, int]:
+    """Return the user and group of a stage: the caller, or for root the owner of the project's folder."""
+    if os.getuid():
+        return os.getuid(), os.getgid()
+    return root.stat().st_uid, root.stat().st_gid
 
 
 def weights_folder() -> Path:
@@ -150,7 +157,9 @@ def mounts(root: Path, *, writes_data: bool = False) -> dict[Path, str]:
     data = (root / os.environ.get("MSCS_DATA", "data")).absolute()
     found = {root: "ro"}
     for folder in (root / "work", root / "results"):
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
+            os.chown(folder, *owner(root))
         found |= {folder: "rw", folder.resolve(): "rw"}
     found |= {weights_folder(): "rw"} if weights_folder().is_dir() else {}
     for folder in (data, *(data.glob("*") if data.is_dir() else ())):

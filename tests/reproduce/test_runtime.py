@@ -149,6 +149,9 @@ def test_the_container_is_closed_to_the_network_and_belongs_to_the_caller(monkey
     assert "userns_mode" not in options
     assert options["network_mode"] == "none"
     assert options["user"] == f"{os.getuid()}:{os.getgid()}"
+    if os.getuid() == 0:
+        os.chown(tmp_path, 1234, 1235)
+        assert runtime.owner(tmp_path) == (1234, 1235)
     assert options["working_dir"] == str(tmp_path)
     assert (options["init"], options["shm_size"]) == (True, "8g")
     environment = options["environment"]
