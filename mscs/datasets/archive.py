@@ -32,6 +32,9 @@ DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
     b"\xfd7": lzma.open,
 }
 
+# Python has filters from 3.11.4 on; before, attributes stay unset, and the checks here are all there is.
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"set_attrs": False}
+
 Member = tuple[str, int, bool, Callable[[], Any]]
 """Name, size, whether it is a plain file, and what writes it."""
 
@@ -114,7 +117,7 @@ def _tar_members(archive: Path, folder: Path, allowed: int) -> Iterator[Member]:
             while (info := file.next()) is not None:
                 file.members.clear()  # type: ignore[attr-defined]  # it keeps all that it has seen
                 if not info.isdir():
-                    write = partial(file.extract, info, folder, filter="data")
+                    write = partial(file.extract, info, folder, **SAFELY)
                     yield info.name, info.size, info.isreg(), write
         while chunk := stream.read(MAX_READ):  # the checksum of a compressed tar is at its very end
             if chunk.strip(b"\0"):
