@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mscs.command_line import add_command
 from mscs.datasets import DATASETS
 from mscs.datasets.spec import default_root
 from mscs.errors import UsageError, unknown_name
@@ -41,10 +42,7 @@ class Finding:
 def add_doctor_command(commands: Any) -> None:
     """Add the command `doctor` to the subparsers of the program."""
     text = "check this machine before a long run"
-    doctor = commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".")
-    doctor.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.set_defaults(handler=_doctor)
+    add_command(commands, "doctor", _doctor, text, profile=True, as_json=True)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -2,15 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mscs.command_line import Handler, add_command
 from mscs.datasets.registry import DATASETS, dataset_spec
 from mscs.datasets.spec import default_root
 from mscs.errors import UsageError
-
-Handler = Callable[[argparse.Namespace], int]
 
 
 def add_data_commands(subparsers: Any) -> None:
@@ -55,12 +54,11 @@ def add_data_commands(subparsers: Any) -> None:
 
 
 def _command(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = add_command(commands, name, handler, text)
     parser.add_argument("dataset", metavar="DATASET", help=", ".join(DATASETS))
     parser.add_argument(
         "--root", type=Path, help="the dataset's folder (default: $MSCS_DATA/DATASET or data/DATASET)"
     )
-    parser.set_defaults(handler=handler)
     return parser
 
 
