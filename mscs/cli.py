@@ -96,7 +96,7 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only"
     )
-    command.add_argument("--split", default="val", help="split to score (default: val)")
+    command.add_argument("--split", help="split to score (default: the one of the settings)")
     command.add_argument(
         "--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format"
     )

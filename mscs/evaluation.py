@@ -60,7 +60,7 @@ def evaluate_weights(
     data_root: Path,
     world: World,
     *,
-    split: str = "val",
+    split: str | None = None,
     save: OnPrediction | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Score the weights of one seed; return scores by mode and the confusion matrices behind them.
@@ -68,7 +68,7 @@ def evaluate_weights(
     `save` gets "<mode>-seed-<seed>", the dataset, and every sample with its prediction.
     """
     build.apply_machine_settings(settings)
-    dataset = build.open_dataset(settings, split, data_root)
+    dataset = build.open_dataset(settings, split or settings.data.score_split, data_root)
     predictor = build.predictor(settings, dataset.num_classes, weights, world.device)
     record: dict[str, Any] = {}
     matrices: dict[str, np.ndarray] = {}

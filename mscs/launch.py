@@ -59,7 +59,7 @@ def evaluate(
     job: Job,
     *,
     checkpoint: Path | None = None,
-    split: str = "val",
+    split: str | None = None,
     tag: str = "",
     save: "OnPrediction | None" = None,
 ) -> dict[int, dict[str, Any]]:
@@ -79,8 +79,8 @@ def evaluate(
             if world.is_main:
                 modes = job.settings.evaluation.modes
                 shown = ", ".join(f"{mode} {records[seed][mode]['miou']:.2f}" for mode in modes)
-                run = job.settings.run
-                print(f"{run} seed {seed}: mIoU {shown} (in percent, {split}), in {folder}")
+                run, scored = job.settings.run, split or job.settings.data.score_split
+                print(f"{run} seed {seed}: mIoU {shown} (in percent, {scored}), in {folder}")
     return records
 
 

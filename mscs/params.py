@@ -100,6 +100,15 @@ class Params:
         """Ids of all runs, in file order."""
         return tuple(self._document["runs"])
 
+    def runs_of(self, profile: str) -> tuple[str, ...]:
+        """Return the ids of the runs that a profile has, in file order."""
+        patterns = self._document["profiles"][profile].get("includes", ["*"])
+        return tuple(run for run in self.runs if any(fnmatchcase(run, pattern) for pattern in patterns))
+
+    def dataset_of(self, run: str, profile: str) -> str:
+        """Return the dataset that a run uses in a profile."""
+        return self._entry(run, profile)["dataset"]
+
     def run_info(self, run: str) -> dict[str, str]:
         """Return id, dataset, model, backbone and variant of a run as the paper's profile has them."""
         entry = self._run(run)
@@ -130,14 +139,16 @@ class Params:
         _choice("profile", profile, self._document["profiles"], self._path)
         _choice("recipe", recipe, self._document["recipes"], self._path)
         _known(overrides, set(keys(Settings)) - IDENTITY, "--set", "key")
-        entry = self._run(run)
+        if run in self.runs and run not in self.runs_of(profile):
+            raise UsageError(unknown_name(f"run of profile {profile}", run, self.runs_of(profile)))
+        entry = self._entry(run, profile)
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         origins: dict[str, str] = {}
         for layer, source in self._layers(entry, run, recipe, profile):
             notes = layer.get("sources", {})
             for key, value in layer.items():
-                if key == "sources" or (layer is entry and key in NAMES.values()):
+                if key in ("sources", "dataset") or (layer is entry and key in NAMES.values()):
                     continue
                 note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
                 sources[key] = f"{note} ({source})"
@@ -154,7 +165,7 @@ class Params:
         if origins:
             sources["model_options"] = _by_origin(origins)
         own = {key: entry[key] for key in ("dataset", "loss", "schedule")}
-        own |= {"run": run, "variant": self._variant(run, entry)}
+        own |= {"run": run, "variant": self._variant(run, self._run(run))}
         values |= {**own, "profile": profile, "recipe": recipe}
         sources |= dict.fromkeys(own, f"params.yaml, runs.{run}")
         sources |= {"profile": "params.yaml, profile", "recipe": f"{recipe_source}: {self.about(recipe)}"}
@@ -201,6 +212,14 @@ class Params:
         if isinstance(values.get("steps"), float):
             values["steps"] = max(1, round(values["steps"]))
 
+    def _entry(self, run: str, profile: str) -> Mapping[str, Any]:
+        """Return the entry of a run, with the dataset that the profile puts in the place of the paper's."""
+        entry = self._run(run)
+        for pattern, values in self._document["profiles"][profile].get("runs", {}).items():
+            if "dataset" in values and fnmatchcase(run, pattern):
+                entry = {**entry, "dataset": values["dataset"]}
+        return entry
+
     def _run(self, run: str) -> Mapping[str, Any]:
         if run not in self._document["runs"]:
             raise UsageError(unknown_name("run", run, self._document["runs"]) + " (see `mscs runs`)")
@@ -222,7 +241,7 @@ class Params:
                 check_value(Settings, key, value, where)
 
     def _check_overlay(self, overlay: Any, where: str) -> None:
-        accepted = ("about", "defaults", *BLOCKS, "runs", "rewrite")
+        accepted = ("about", "includes", "defaults", *BLOCKS, "runs", "rewrite")
         _known(_mapping(overlay, f"{self._path}: {where}"), accepted, f"{self._path}: {where}", "section")
         self._check_keys(overlay.get("defaults", {}), f"{where}.defaults")
         for block in (*BLOCKS, "runs"):
@@ -230,7 +249,12 @@ class Params:
                 if not any(fnmatchcase(name, pattern) for name in self._document[block]):
                     message = unknown_name(f"{block} entry", pattern, self._document[block])
                     raise UsageError(f"{self._path}: {where}.{block}: {message}")
-                self._check_keys(values, f"{where}.{block}.{pattern}")
+                replaces = {"dataset"} if block == "runs" and where.startswith("profiles.") else set()
+                self._check_keys(values, f"{where}.{block}.{pattern}", also=replaces)
+                if "dataset" in values:
+                    _choice(
+                        "dataset", values["dataset"], self._document["datasets"], f"{self._path}: {where}"
+                    )
         rules = overlay.get("rewrite", {})
         _known(rules, REWRITES, f"{self._path}: {where}.rewrite", "rule")
         for rule, value in rules.items():

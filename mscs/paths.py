@@ -89,7 +89,7 @@ def resolve_all(params: Params, profile: str) -> dict[str, Any]:
     """Return what resolved.json holds: data settings by dataset, and by run its settings by phase."""
     datasets: dict[str, Any] = {}
     runs: dict[str, Any] = {}
-    for run in params.runs:
+    for run in params.runs_of(profile):
         settings = params.resolve(run, profile).settings
         flat = settings.flat()
         datasets.setdefault(settings.data.name, {key: flat[key] for key in DATA_KEYS})

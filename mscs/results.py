@@ -1,6 +1,7 @@
 """Files that cross from one stage to the next: written atomically, read back with clear errors."""
 
 import csv
+import hashlib
 import json
 import os
 import statistics
@@ -77,6 +78,12 @@ def _as_json(value: Any, line: str) -> str:
     if isinstance(value, list | tuple) and any(isinstance(x, Mapping | list | tuple) for x in value):
         return "[" + inner + f",{inner}".join(_as_json(x, inner) for x in value) + line + "]"
     return json.dumps(value, ensure_ascii=False)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: str | Path) -> Any:

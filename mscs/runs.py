@@ -34,7 +34,7 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
     if not job.fresh and is_trained(settings, seed, files):
         return False
     build.apply_machine_settings(settings)
-    dataset = build.open_dataset(settings, "train", job.data_root)
+    dataset = build.open_dataset(settings, settings.data.train_split, job.data_root)
     checkpoints = checkpoint_folder(settings, seed)
     with contextlib.ExitStack() as held:
         if world.is_main:
@@ -71,7 +71,7 @@ def evaluate_seed(
     world: World,
     folder: Path,
     checkpoint: Path | None = None,
-    split: str = "val",
+    split: str | None = None,
     save: OnPrediction | None = None,
 ) -> dict[str, Any]:
     """Score one seed, write evaluation.json and confusion.json into `folder`, and return the scores.
@@ -82,7 +82,7 @@ def evaluate_seed(
         world: the processes that share the images.
         folder: where the results go.
         checkpoint: weights file in place of the run's own, which have to fit the settings.
-        split: of the dataset.
+        split: of the dataset; None means the one that the settings score.
         save: see `mscs.evaluation.evaluate_weights`.
     """
     settings, files = job.settings, job.files(seed)

@@ -28,7 +28,7 @@ from mscs.blocks import (
     blocks_in,
 )
 from mscs.datasets import DATASETS
-from mscs.errors import unknown_name
+from mscs.errors import UsageError, unknown_name
 from mscs.model_options import MODEL_OPTIONS
 
 Phase = Literal["train", "evaluate"]
@@ -61,6 +61,18 @@ class Augmentation(Block):
     color: Literal["jitter", "photometric", "none"]
 
 
+class Splits(Block):
+    """Which images train and which are scored ("train+val" joins two splits); in use if not train and val."""
+
+    train_split: Annotated[str, TRAIN]
+    score_split: Annotated[str, EVALUATE]
+
+    @classmethod
+    def used(cls, flat: Mapping[str, Any]) -> bool:
+        """Return whether the run departs from training on train and scoring on val."""
+        return (flat.get("train_split", "train"), flat.get("score_split", "val")) != ("train", "val")
+
+
 class Data(Block):
     """Which images, and how they are shown to a network that trains."""
 
@@ -71,9 +83,29 @@ class Data(Block):
     image_size: tuple[Side, Side] | None
     train_images: Count | None
     val_images: Count | None
+    splits: Splits | None
     reflect_pad: tuple[Index, Index]
     class_weighted: Annotated[bool, TRAIN]
     augmentation: Augmentation
+
+    @property
+    def train_split(self) -> str:
+        """Split, or splits joined by +, that trains."""
+        return self.splits.train_split if self.splits else "train"
+
+    @property
+    def score_split(self) -> str:
+        """Split, or splits joined by +, that is scored and shown in figures."""
+        return self.splits.score_split if self.splits else "val"
+
+    @model_validator(mode="after")
+    def _check_splits(self) -> "Data":
+        for split in (self.train_split, self.score_split):
+            try:
+                DATASETS[self.name].check_split(split)
+            except UsageError as error:
+                raise ValueError(str(error)) from None
+        return self
 
 
 class MultiScale(Block):

@@ -98,7 +98,7 @@ def test_a_group_is_a_quarter_of_the_batch(params, batch, images):
 @pytest.mark.parametrize("recipe", ["paper", "code", "upstream"])
 def test_every_run_resolves_in_every_profile_and_comes_back_from_flat_json(params, recipe):
     for profile in params.profiles:
-        for run in params.runs:
+        for run in params.runs_of(profile):
             resolved = params.resolve(run, profile, {"recipe": recipe})
             settings = resolved.settings
             flat = json.loads(json.dumps(settings.flat()))

@@ -6,7 +6,6 @@ or not at all, and counts as there when it has as many files as published; so a 
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import sys
@@ -18,7 +17,7 @@ from mscs.datasets.archive import BrokenArchive, extract
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED, Part, Spec
 from mscs.errors import MscsError, UsageError
-from mscs.results import read_json, write_json
+from mscs.results import file_sha256, read_json, write_json
 
 DOWNLOADS = ".downloads"
 STAGING = ".unpacking"
@@ -134,6 +133,12 @@ def _install(spec: Spec, root: Path, found: Sequence[Path], put: Callable[[Path,
     for part in spec.parts:
         if any(ready.glob(part.pattern)) and (shortage := part.shortage(ready)):
             raise BrokenArchive(f"{spec.name}: not all of it is there, {shortage}. {_accepted(spec)}")
+    changed = [path for path in spec.changed_files(ready) if (ready / path.split("/")[0]).exists()]
+    if changed:
+        raise BrokenArchive(
+            f"{spec.name}: {len(changed)} files are not the official ones, such as {changed[0]} (SHA-256). "
+            f"{_accepted(spec)}"
+        )
     for path in found:
         target = root / path.name
         if target.is_symlink() or target.is_file():
@@ -182,7 +187,5 @@ def _download_part(spec: Spec, root: Path, part: Part, progress: bool) -> list[s
         archive.unlink()
         raise
     # Only now: a login page or an error page must not become the file that all later ones are compared with.
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    write_json(folder / RECORD, record | {part.url: f"sha256:{digest}"})
+    write_json(folder / RECORD, record | {part.url: f"sha256:{file_sha256(archive)}"})
     return added

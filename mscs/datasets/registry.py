@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from mscs.datasets import ade20k, cadis, cityscapes, pascal_context
+from mscs.datasets import ade20k, cadis, camvid, cityscapes, pascal_context
 from mscs.datasets.spec import LabelSet, Spec
 from mscs.errors import UsageError, unknown_name
 
@@ -11,6 +11,7 @@ DATASETS: dict[str, Spec] = {
     "ade20k": ade20k.SPEC,
     "pascal_context": pascal_context.SPEC,
     "cadis": cadis.SPEC,
+    "camvid": camvid.SPEC,
 }
 if TYPE_CHECKING:
     DatasetName = str

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.errors import MscsError, UsageError, unknown_name
-from mscs.results import inside
+from mscs.results import file_sha256, inside
 
 IGNORE_INDEX = 255
 GENERATED = "generated.json"  # marks the root folder of a generated dataset and records how it was made
@@ -164,6 +164,8 @@ class Spec:
     licence: str
     tolerance: float
     """Difference in mIoU points (percent) up to which a score counts as the published one."""
+    digests: Path | None = None
+    """SHA-256 of every file, as `sha256sum` lists them, where the official files are known one by one."""
     prepare: Callable[[Path], int] | None = None
     """Converts label files once after fetching; returns how many were converted."""
     toy: Toy | None = None
@@ -185,15 +187,37 @@ class Spec:
         raise UsageError(f"{self.name} has no task {task!r}. Accepted: {accepted}")
 
     def open_index(self, split: str, root: Path, task: int | None = None, **options: Any) -> Index:
-        """List the samples of a split; UsageError for an unknown split, task or option."""
+        """List the samples of a split, or of several: "train+val".
+
+        Raises:
+            UsageError: unknown split, task or option.
+        """
         labels = self.labels(task)
-        if split not in self.splits:
-            raise UsageError(unknown_name(f"split of {self.name}", split, self.splits))
         accepted = getattr(self.index, "__kwdefaults__", None) or {}
         for option in options:
             if option not in accepted:
                 raise UsageError(unknown_name(f"option of {self.name}", option, accepted))
-        return self.index(labels, split, root, **options)
+        self.check_split(split)
+        found = [self.index(labels, name, root, **options) for name in split.split("+")]
+        if any(part.labels != found[0].labels for part in found):
+            raise MscsError(f"{self.name}: the splits {split} do not have the same kind of label files")
+        return Index([entry for part in found for entry in part.entries], found[0].labels)
+
+    def check_split(self, split: str) -> None:
+        """Raise UsageError unless `split` names splits of this dataset, each once."""
+        names = split.split("+")
+        for name in names:
+            if name not in self.splits:
+                raise UsageError(unknown_name(f"split of {self.name}", name, self.splits))
+        if len(set(names)) < len(names):
+            raise UsageError(f"split {split!r} names a split twice")
+
+    def changed_files(self, root: Path) -> list[str]:
+        """Return the files that are not the official ones, missing ones too; empty where none are known."""
+        lines = self.digests.read_text().splitlines() if self.digests else []
+        known = {path: digest for digest, path in (line.split() for line in lines)}
+        there = {path for path in known if (root / path).is_file()}
+        return [path for path in known if path not in there or file_sha256(root / path) != known[path]]
 
 
 def default_root(name: str) -> Path:

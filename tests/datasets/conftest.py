@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from mscs.datasets import DATASETS, label_set
 from mscs.datasets.cadis import VIDEOS
+from mscs.results import file_sha256
 
 SIZE = (24, 40)
 Paths = list[tuple[str, str]]
@@ -34,6 +36,8 @@ def tree_paths(name: str, split: str, count: int) -> Paths:
         return [
             (f"VOCdevkit/VOC2010/JPEGImages/{s}.jpg", f"SegmentationClassContext59/{s}.png") for s in stems
         ]
+    if name == "camvid":
+        return [(f"{split}/0001TP_{i:06d}.png", f"{split}annot/0001TP_{i:06d}.png") for i in range(count)]
     videos = VIDEOS[split]
     stems = [
         (videos[i % len(videos)], f"Video{videos[i % len(videos)]}_frame{i:06d}.png") for i in range(count)
@@ -89,7 +93,13 @@ def small(make_tree, monkeypatch):
             for part in spec.parts
         )
         counts = {split: splits[split] for split in spec.splits}
-        monkeypatch.setitem(DATASETS, name, dataclasses.replace(spec, splits=counts, parts=parts))
+        changes: dict[str, Any] = {"splits": counts, "parts": parts}
+        if spec.digests:
+            files = sorted(path for path in root.rglob("*.png"))
+            lines = (f"{file_sha256(path)}  {path.relative_to(root)}\n" for path in files)
+            changes["digests"] = root.with_suffix(".sha256")
+            changes["digests"].write_text("".join(lines))
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(spec, **changes))
         return root
 
     return make

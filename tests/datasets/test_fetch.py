@@ -830,3 +830,33 @@ class TestCityscapes:
         site.files["/downloads/?list"] = b"[]"
         with pytest.raises(MscsError, match="don't have access"):
             self.fetch(tmp_path / "root")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_that_are_known_one_by_one_are_compared(small, tmp_path, packed):
+    source = small("camvid")
+    given = source
+    label = next(source.glob("testannot/*"))
+    label.write_bytes(label.read_bytes() + b"x")
+    if packed:
+        given = zip_of(
+            tmp_path / "camvid.zip",
+            {f"SegNet/CamVid/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*.png")},
+        )
+    with pytest.raises(BrokenArchive, match=r"1 files are not the official ones, such as testannot/"):
+        fetch.fetch("camvid", tmp_path / "root", given=given, progress=False)
+    assert not any((tmp_path / "root").glob("*/*.png"))
+
+
+def test_camvid_is_downloaded_once_for_all_its_folders(small, server, tmp_path, monkeypatch):
+    source = small("camvid")
+    spec = DATASETS["camvid"]
+    assert len({part.url for part in spec.parts}) == 1
+    parts = tuple(dataclasses.replace(part, url=f"{server.url}/master.zip") for part in spec.parts)
+    monkeypatch.setitem(DATASETS, "camvid", dataclasses.replace(spec, parts=parts))
+    members = {f"SegNet-x/CamVid/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*.png")}
+    server.files["/master.zip"] = zip_of(tmp_path / "x.zip", members).read_bytes()
+    added = fetch.fetch("camvid", tmp_path / "root", progress=False)
+    assert sorted(added) == ["test", "testannot", "train", "trainannot", "val", "valannot"]
+    assert len(server.requests) == 1
+    assert len(build_dataset("camvid", "train+val", tmp_path / "root")) == 5

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -100,7 +101,7 @@ def test_cityscapes_agrees_with_the_official_scripts():
 
 
 def test_facts():
-    counts = {"cityscapes": 19, "ade20k": 150, "pascal_context": 59}
+    counts = {"cityscapes": 19, "ade20k": 150, "pascal_context": 59, "camvid": 11}
     assert {name: label_set(name).num_classes for name in counts} == counts
     assert [label_set("cadis", task).num_classes for task in (1, 2, 3)] == [8, 17, 25]
     assert label_set("cadis").task == 3
@@ -109,6 +110,7 @@ def test_facts():
         "ade20k": (20210, 2000),
         "pascal_context": (4998, 5105),
         "cadis": (3550, 534, 586),
+        "camvid": (367, 101, 233),
     }
     assert sorted(video for videos in VIDEOS.values() for video in videos) == list(range(1, 26))
     assert len(blacklist()) == 179
@@ -360,3 +362,20 @@ def test_a_dataset_is_one_spec(make_tree, monkeypatch):
     assert fetch("pets", root, given=root / "given") == ["train"]
     assert verify("pets", root, progress=False)["splits"] == {"train": 1}
     assert build_dataset("pets", "train", root)[0].label.tolist() == [[1] * 8] * 8
+
+
+def test_known_files_of_camvid():
+    lines = DATASETS["camvid"].digests.read_text().splitlines()
+    folders = Counter(line.split()[1].split("/")[0] for line in lines)
+    splits = DATASETS["camvid"].splits
+    assert folders == {f"{split}{kind}": count for split, count in splits.items() for kind in ("", "annot")}
+    assert len({line.split()[0] for line in lines}) == len(lines)
+
+
+def test_splits_can_be_joined(make_tree):
+    root = make_tree("cityscapes")
+    ids = [build_dataset("cityscapes", split, root).ids for split in ("train", "val", "train+val")]
+    assert ids[2] == ids[0] + ids[1]
+    for wrong, message in (("train+train", "twice"), ("train+vall", "did you mean 'val'"), ("+", "unknown")):
+        with pytest.raises(UsageError, match=message):
+            build_dataset("cityscapes", wrong, root)

@@ -27,6 +27,7 @@ EXPECTED = {
         "SegmentationClassContext59/2008_000001.png",
     ),
     "cadis": ("Video01/Images/Video1_frame000010.png", "Video01/Labels/Video1_frame000010.png"),
+    "camvid": ("train/0001TP_000000.png", "trainannot/0001TP_000000.png"),
 }
 SIZE = (64, 96)
 

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from huggingface_hub import close_session, constants
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
+from sklearn.datasets import load_sample_image
 
 from mscs.errors import MscsError, UsageError
 from mscs.model_options import BackboneOptions
@@ -18,6 +19,7 @@ from mscs.models.backbone import build_backbone
 from mscs.models.pretrained import PINNED_TAGS, pretrained_record
 
 TAG = "resnet18.tv_in1k"
+OPTIONS = BackboneOptions(output_stride=32)
 
 
 class Hub:
@@ -224,3 +226,32 @@ def test_weights_of_another_size_are_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match=r"size mismatch for layer1\.0\.conv1\.weight") as error:
         build_backbone("resnet18", pretrained=tmp_path / "other.pth")
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(("picture", "first_guess"), [("china.jpg", 442), ("flower.jpg", 985)])
+def test_packaged_weights_know_a_bell_cote_and_a_daisy(tmp_path, monkeypatch, picture, first_guess):
+    monkeypatch.setenv("MSCS_WEIGHTS", str(tmp_path))
+    network = timm.create_model("tf_efficientnet_lite0").eval()
+    path = fetch_pretrained("tf_efficientnet_lite0")
+    network.load_state_dict(load_file(path))
+    image = torch.from_numpy(load_sample_image(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    image = torch.nn.functional.interpolate(image, size=(224, 224), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        scores = network(image)
+    assert scores.argmax().item() == first_guess
+    modified = path.stat().st_mtime_ns
+    assert pretrained_record("tf_efficientnet_lite0", True)["tf_efficientnet_lite0"]
+    assert path.stat().st_mtime_ns == modified, "they are converted once"
+
+
+def test_a_backbone_gets_images_normalised_as_it_was_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSCS_WEIGHTS", str(tmp_path))
+    backbone = build_backbone("tf_efficientnet_lite0", OPTIONS, pretrained=True).eval()
+    levels = torch.rand(2, 3, 64, 96)
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        found = backbone((levels - mean) / std)
+        expected = backbone.body(2 * levels - 1)[-4:]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert [name for name in backbone.state_dict() if "scale" in name or "shift" in name] == []
