@@ -61,18 +61,6 @@ class Augmentation(Block):
     color: Literal["jitter", "photometric", "none"]
 
 
-class Splits(Block):
-    """Which images train and which are scored ("train+val" joins two splits); in use if not train and val."""
-
-    train_split: Annotated[str, TRAIN]
-    score_split: Annotated[str, EVALUATE]
-
-    @classmethod
-    def used(cls, flat: Mapping[str, Any]) -> bool:
-        """Return whether the run departs from training on train and scoring on val."""
-        return (flat.get("train_split", "train"), flat.get("score_split", "val")) != ("train", "val")
-
-
 class Data(Block):
     """Which images, and how they are shown to a network that trains."""
 
@@ -83,20 +71,12 @@ class Data(Block):
     image_size: tuple[Side, Side] | None
     train_images: Count | None
     val_images: Count | None
-    splits: Splits | None
     reflect_pad: tuple[Index, Index]
     class_weighted: Annotated[bool, TRAIN]
     augmentation: Augmentation
-
-    @property
-    def train_split(self) -> str:
-        """Split, or splits joined by +, that trains."""
-        return self.splits.train_split if self.splits else "train"
-
-    @property
-    def score_split(self) -> str:
-        """Split, or splits joined by +, that is scored and shown in figures."""
-        return self.splits.score_split if self.splits else "val"
+    train_split: Annotated[str, TRAIN] = "train"
+    score_split: Annotated[str, EVALUATE] = "val"
+    """Splits that train and that are scored and shown in figures; "train+val" joins two."""
 
     @model_validator(mode="after")
     def _check_splits(self) -> "Data":

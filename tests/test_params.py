@@ -397,3 +397,49 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "params.yaml"):
         with pytest.raises(UsageError, match="cannot be read"):
             load_params(path)
+
+
+def test_a_profile_may_choose_runs_and_replace_their_dataset(params):
+    runs = params.runs_of("small")
+    assert set(runs) < set(params.runs) == set(params.runs_of("paper"))
+    for run in runs:
+        data = params.resolve(run, "small").settings.data
+        assert (data.name, data.train_split, data.score_split) == ("camvid", "train+val", "test")
+        assert params.dataset_of(run, "small") == "camvid"
+        assert params.dataset_of(run, "paper") == params.resolve(run, "paper").settings.data.name == "cityscapes"
+    with pytest.raises(UsageError, match="unknown run of profile small 'cadis-ocrnet-r50-ce'"):
+        params.resolve("cadis-ocrnet-r50-ce", "small")
+
+
+def test_small_leaves_the_papers_loss_as_it_is(params):
+    for run in params.runs_of("small"):
+        small, paper = (params.resolve(run, profile).settings for profile in ("small", "paper"))
+        assert small.loss == paper.loss
+        assert small.schedule.batch_size == paper.schedule.batch_size
+
+
+def test_splits_are_part_of_a_run_only_where_they_are_not_the_usual_ones(params):
+    run = "cityscapes-hrnet-hr48-ce"
+    plain = params.resolve(run, "paper").settings
+    assert "train_split" not in plain.flat()
+    joined = params.resolve(run, "paper", {"train_split": "train+val"}).settings
+    assert joined.digest("train") != plain.digest("train")
+    scored = params.resolve(run, "paper", {"score_split": "test"}).settings
+    assert (scored.digest("train"), scored.data.score_split) == (plain.digest("train"), "test")
+    assert scored.digest("evaluate") != plain.digest("evaluate")
+    for wrong, message in (("tset", "did you mean 'test'"), ("val+val", "twice")):
+        with pytest.raises(UsageError, match=message):
+            params.resolve(run, "paper", {"score_split": wrong})
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ({"runs": {"*": {"dataset": "camvit"}}}, "did you mean 'camvid'"),
+        ({"runs": {"*": {"model": "hrnet-hr48"}}}, "unknown model 'hrnet-hr48'"),
+    ],
+)
+def test_wrong_replacements_are_refused(document, overlay, message):
+    document["profiles"]["small"] = overlay
+    with pytest.raises(UsageError, match=message):
+        Params(document)
