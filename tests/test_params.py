@@ -406,7 +406,9 @@ def test_a_profile_may_choose_runs_and_replace_their_dataset(params):
         data = params.resolve(run, "small").settings.data
         assert (data.name, data.train_split, data.score_split) == ("camvid", "train+val", "test")
         assert params.dataset_of(run, "small") == "camvid"
-        assert params.dataset_of(run, "paper") == params.resolve(run, "paper").settings.data.name == "cityscapes"
+        assert (
+            params.dataset_of(run, "paper") == params.resolve(run, "paper").settings.data.name == "cityscapes"
+        )
     with pytest.raises(UsageError, match="unknown run of profile small 'cadis-ocrnet-r50-ce'"):
         params.resolve("cadis-ocrnet-r50-ce", "small")
 
