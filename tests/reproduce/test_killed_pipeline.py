@@ -1,0 +1,107 @@
+"""DVC and a training killed in the last moments of a run: between weights, record and dvc.lock."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mscs.params import load_params
+from reproduce.pipeline import Pipeline
+
+ROOT = Path(__file__).parents[2]
+RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
+KILLS = 30
+SECONDS = 2.0
+"""After the last step, within which the kill comes; writing everything, DVC's lock included, takes less."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project whose run takes a few steps; everything before its training is done."""
+    folder = tmp_path_factory.mktemp("killed") / "project"
+    for name in ("mscs", "reproduce"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.*"))
+    shutil.copy(ROOT / "numerics.yaml", folder)
+    document = yaml.safe_load((ROOT / "params.yaml").read_text())
+    mini = document["profiles"]["mini"]
+    mini["defaults"] |= {"train_images": 8, "val_images": 2}
+    # 1600 of the paper's steps are 4 of mini
+    mini["runs"][RUN] = {"steps": 1600, "crop_size": [32, 64], "log_every": 1, "checkpoint_every": 2}
+    (folder / "params.yaml").write_text(yaml.safe_dump(document))
+    (folder / ".venv").symlink_to(sys.prefix)
+    before = Path.cwd()
+    os.chdir(folder)
+    pipeline = Pipeline(load_params())
+    pipeline.write()
+    os.chdir(before)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
+    repro(folder, pipeline.data_stage("cityscapes")).wait()
+    return folder, pipeline.stages_of(RUN)[0]
+
+
+def repro(folder, stage):
+    """Start `dvc repro` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", stage],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def outcome(folder):
+    return {
+        path.name: path.read_bytes()
+        for pattern in ("seed-0.safetensors", "losses.csv", "train.json")
+        for path in folder.rglob(pattern)
+        if ".dvc" not in path.parts
+    }
+
+
+def forget(folder):
+    """Remove every trace of the training."""
+    for name in ("work/mini/runs", "work/mini/checkpoints", "results/mini/runs", ".dvc/cache"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    lock = folder / "dvc.lock"
+    lock.write_text((folder / "lock-before").read_text())
+
+
+@pytest.mark.slow
+def test_killed_at_30_moments_of_the_last_second_nothing_is_trained_twice(project):
+    folder, stage = project
+    shutil.copy(folder / "dvc.lock", folder / "lock-before")
+    process = repro(folder, stage)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert re.search(r"step 4/4", text), text
+    expected = outcome(folder)
+    assert len(expected) == 3
+    chance, interrupted = random.Random(0), 0
+    for _ in range(KILLS):
+        forget(folder)
+        process = repro(folder, stage)
+        for line in process.stdout:
+            if "step 4/4" in line:
+                break
+        time.sleep(chance.uniform(0, SECONDS))
+        interrupted += process.poll() is None
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        again = repro(folder, stage)
+        text = again.communicate()[0]
+        assert again.returncode == 0, text
+        assert "step 1/4" not in text, "it started anew"
+        assert "step 2/4" not in text, "it went back beyond the last checkpoint"
+        assert outcome(folder) == expected
+    assert interrupted >= KILLS // 2, "most kills came too late to interrupt anything"
