@@ -202,9 +202,9 @@ def add_cache(case, root):
     Marked as generated, the training split alone is a whole dataset.
     """
     write_json(root / "generated.json", {"train": len(build_dataset(case.dataset, "train", root))})
-    verify(case.dataset, root, progress=False)
+    verify(case.dataset, root)
     size = cache_bytes(case.dataset, root)
-    build_cache(case.dataset, root, progress=False)
+    build_cache(case.dataset, root)
     return size
 
 

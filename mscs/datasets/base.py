@@ -13,7 +13,7 @@ from PIL import Image
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet
 from mscs.errors import MscsError, UsageError
-from mscs.results import read_json
+from mscs.results import read_mapping
 
 try:
     import imagecodecs
@@ -26,6 +26,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_TRAILER = 4096  # bytes at the end of a file within which the end mark must lie
 MANIFEST = "manifest.json"
 CACHE = "decoded"
+"""Folder of decoded images: in a folder named by the digest of the manifest that they were made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,24 @@ class Dataset:
 
     def __getitem__(self, i: int) -> Sample:
         entry = self.entries[i]
-        image, label = self._read_cached(entry) if self._cache else self._read(entry)
+        image, label = (
+            self._read_cached(entry) if self._cache else self.decode(entry, *self.read_files(entry))
+        )
         return Sample(image, cv2.LUT(label, self._lookup), entry.id)
 
-    def _read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        image_path, label_path = self.root / entry.image, self.root / entry.label
-        image = decode_image(read_bytes(image_path), image_path)
-        label = decode_label(read_bytes(label_path), label_path)
-        check_sizes(image, label, label_path)
+    def read_files(self, entry: Entry) -> tuple[bytes, bytes]:
+        """Return the content of the image and the label file."""
+        return read_bytes(self.root / entry.image), read_bytes(self.root / entry.label)
+
+    def decode(self, entry: Entry, image_file: bytes, label_file: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image and the raw label values, decoded; MscsError if one is broken."""
+        path = self.root / entry.label
+        image, label = decode_image(image_file, self.root / entry.image), decode_label(label_file, path)
+        if image.shape[:2] != label.shape:
+            raise MscsError(
+                f"{path}: label is {label.shape[1]}x{label.shape[0]} pixels, "
+                f"its image {image.shape[1]}x{image.shape[0]}. Fetch the dataset again"
+            )
         return image, label
 
     def _read_cached(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
@@ -131,9 +142,9 @@ def decode_label(data: bytes, path: Path) -> np.ndarray:
     return label
 
 
-def image_size(data: bytes, path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Return (width, height) from the header of an image; MscsError if it is none or claims too much."""
-    return _open(data, path).size
+    return _open(read_bytes(path), path).size
 
 
 def _open(data: bytes, path: Path) -> Image.Image:
@@ -186,30 +197,15 @@ def _fast_png(data: bytes, is_label: bool) -> np.ndarray | None:
     return image if plain and image.dtype == np.uint8 else None
 
 
-def check_sizes(image: np.ndarray, label: np.ndarray, path: Path) -> None:
-    """Raise MscsError unless image and label have the same height and width."""
-    if image.shape[:2] != label.shape:
-        raise MscsError(
-            f"{path}: label is {label.shape[1]}x{label.shape[0]} pixels, "
-            f"its image {image.shape[1]}x{image.shape[0]}. Fetch the dataset again"
-        )
-
-
 def open_cache(root: Path) -> Path | None:
     """Return the folder of decoded images if `mscs data prepare --cache` made one for the files in `root`."""
-    index = root / CACHE / "index.json"
-    if not index.is_file():
+    made_from = [path.name for path in (root / CACHE).glob("[!.]*")]
+    if not made_from:
         return None
-    made_from, now = text_in(index, "manifest"), text_in(root / MANIFEST, "digest")
-    if not now or made_from != now:
+    digest = str(read_mapping(root / MANIFEST).get("digest"))
+    if digest not in made_from:
         raise UsageError(
-            f"{index.parent}: decoded from other files ({made_from[:12]}) than {root / MANIFEST} lists "
-            f"({now[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
+            f"{root / CACHE}: decoded from other files ({made_from[0][:12]}) than {root / MANIFEST} lists "
+            f"({digest[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
         )
-    return index.parent
-
-
-def text_in(path: Path, key: str) -> str:
-    """Return one text of a JSON file; an empty one if the file is damaged."""
-    found = read_json(path)
-    return str(found.get(key, "")) if isinstance(found, dict) else ""
+    return root / CACHE / digest

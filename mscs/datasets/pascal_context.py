@@ -84,14 +84,13 @@ def context_lookup(root: Path) -> "np.ndarray":
     return table
 
 
-def convert_labels(root: Path, *, progress: bool = True) -> int:
+def convert_labels(root: Path) -> int:
     """Write SegmentationClassContext59 from the .mat files; return how many were converted.
 
     Interrupted, it goes on where it was; the folder appears when it is complete.
     """
     import cv2
-
-    from mscs.datasets.parallel import in_parallel
+    from tqdm.contrib.concurrent import thread_map
 
     target = root / LABEL_FOLDER
     if target.is_dir():
@@ -122,8 +121,7 @@ def convert_labels(root: Path, *, progress: bool = True) -> int:
     paths = sorted((root / MAT_FOLDER).glob("*.mat"))
     if not paths:
         raise MscsError(f"{root / MAT_FOLDER}: holds no .mat file. Fetch pascal_context again")
-    for _ in in_parallel(convert, paths, "converting labels", workers=None, progress=progress):
-        pass
+    thread_map(convert, paths, desc="converting labels", disable=None)
     staging.rename(target)
     return len(paths)
 

@@ -36,7 +36,7 @@ def any_root(request, make_tree, tmp_path):
     def generate(name):
         toy = importlib.import_module("mscs.datasets.toy")
         root = tmp_path / name
-        toy.write_dataset(name, root, seed=1, train=3, val=2, image_size=(64, 96), progress=False)
+        toy.write_dataset(name, root, seed=1, train=3, val=2, image_size=(64, 96))
         return root
 
     return generate
@@ -360,7 +360,7 @@ def test_a_dataset_is_one_spec(make_tree, monkeypatch):
     cv2.imwrite(str(root / "given/train/tom.jpg"), np.zeros((8, 8, 3), np.uint8))
     cv2.imwrite(str(root / "given/train/tom.png"), np.full((8, 8), 2, np.uint8))
     assert fetch("pets", root, given=root / "given") == ["train"]
-    assert verify("pets", root, progress=False)["splits"] == {"train": 1}
+    assert verify("pets", root)["splits"] == {"train": 1}
     assert build_dataset("pets", "train", root)[0].label.tolist() == [[1] * 8] * 8
 
 

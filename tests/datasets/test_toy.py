@@ -34,7 +34,7 @@ SIZE = (64, 96)
 
 def write(name: str, root: Path, **changes: int) -> Path:
     arguments = {"train": 12, "val": 4} | changes
-    toy.write_dataset(name, root, image_size=SIZE, progress=False, **arguments)
+    toy.write_dataset(name, root, image_size=SIZE, **arguments)
     return root
 
 
