@@ -66,7 +66,8 @@ def test_contract(name, any_root):
 
 
 @pytest.mark.parametrize(
-    ("name", "task"), [(name, task) for name, spec in DATASETS.items() for task in spec.tasks]
+    ("name", "task"),
+    [(name, labels.task) for name, spec in DATASETS.items() for labels in spec.label_sets],
 )
 def test_labels_are_mapped_as_the_table_says(name, task, make_tree):
     dataset = build_dataset(name, "train", make_tree(name), task)
@@ -241,7 +242,7 @@ def test_unprepared_pascal_context_says_so(make_tree):
         (("cityscape", "train"), {}, "did you mean 'cityscapes'"),
         (("ade20k", "test"), {}, "Accepted: train, val"),
         (("cadis", "train", 4), {}, "Accepted: 1"),
-        (("ade20k", "train", 1), {}, "has no tasks"),
+        (("ade20k", "train", 1), {}, r"has no task 1. Accepted: None"),
         (("cadis", "train"), {"exclude_blacklist": True}, "did you mean 'exclude_blacklisted'"),
         (("ade20k", "train"), {"exclude_blacklisted": True}, "option of ade20k"),
     ],
