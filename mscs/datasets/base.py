@@ -1,5 +1,6 @@
 """Read a split of a dataset: `build_dataset` -> `Dataset`, whose items are `Sample`s."""
 
+import contextlib
 import io
 from dataclasses import dataclass
 from os import PathLike
@@ -49,7 +50,6 @@ class Dataset:
     def __init__(self, labels: LabelSet, split: str, root: Path, index: Index) -> None:
         self.labels = labels
         self.name = labels.dataset
-        self.task = labels.task
         self.split = split
         self.root = root
         self.num_classes = labels.num_classes
@@ -67,9 +67,10 @@ class Dataset:
 
     def __getitem__(self, i: int) -> Sample:
         entry = self.entries[i]
-        image, label = (
-            self._read_cached(entry) if self._cache else self.decode(entry, *self.read_files(entry))
-        )
+        if self._cache:
+            image, label = self._map_decoded(entry.image), self._map_decoded(entry.label)
+        else:
+            image, label = self.decode(entry, *self.read_files(entry))
         return Sample(image, cv2.LUT(label, self._lookup), entry.id)
 
     def read_files(self, entry: Entry) -> tuple[bytes, bytes]:
@@ -78,23 +79,24 @@ class Dataset:
 
     def decode(self, entry: Entry, image_file: bytes, label_file: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Return the image and the raw label values, decoded; MscsError if one is broken."""
-        path = self.root / entry.label
-        image, label = decode_image(image_file, self.root / entry.image), decode_label(label_file, path)
+        # as the pixels of the image are stored: no rotation by EXIF
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = _decode(image_file, self.root / entry.image, flags)
+        label = decode_label(label_file, self.root / entry.label)
         if image.shape[:2] != label.shape:
             raise MscsError(
-                f"{path}: label is {label.shape[1]}x{label.shape[0]} pixels, "
+                f"{self.root / entry.label}: label is {label.shape[1]}x{label.shape[0]} pixels, "
                 f"its image {image.shape[1]}x{image.shape[0]}. Fetch the dataset again"
             )
         return image, label
 
-    def _read_cached(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        """Map the decoded files into memory: only the pages that a crop touches are read."""
-        files = [f"{self._cache}/{path}.npy" for path in (entry.image, entry.label)]
+    def _map_decoded(self, path: str) -> np.ndarray:
+        """Map a decoded file into memory: only the pages that a crop touches are read."""
+        file = f"{self._cache}/{path}.npy"
         try:
-            image, label = (np.load(file, mmap_mode="r").view(np.ndarray) for file in files)
+            return np.load(file, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
-            raise MscsError(f"{files}: damaged ({error}). Remove {self._cache}") from error
-        return image, label
+            raise MscsError(f"{file}: damaged ({error}). Remove {self._cache}") from error
 
 
 def build_dataset(
@@ -126,11 +128,6 @@ def read_bytes(path: Path) -> bytes:
         raise MscsError(
             f"{path}: cannot be read ({error.strerror}). `mscs data verify` lists all that is wrong"
         ) from error
-
-
-def decode_image(data: bytes, path: Path) -> np.ndarray:
-    """Decode a colour image to uint8 (H, W, 3) RGB, as its pixels are stored (no rotation by EXIF)."""
-    return _decode(data, path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def decode_label(data: bytes, path: Path) -> np.ndarray:
@@ -167,34 +164,21 @@ def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
     # libjpeg fills what is missing of a cut-off file with grey and only warns.
     if header.format == "JPEG" and JPEG_END not in data[-JPEG_TRAILER:]:
         raise _broken(path)
-    image: np.ndarray | None
     try:
         if is_label and (header.mode == "P" or "transparency" in header.info):
             # OpenCV expands a palette to its colours; the class ids are the palette's indices.
             return np.asarray(header)
-        image = _fast_png(data, is_label) if header.format == "PNG" else None
-        if image is None:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if imagecodecs and header.format == "PNG" and "transparency" not in header.info:
+            with contextlib.suppress(RuntimeError):  # OpenCV converts and judges what this does not read
+                fast = imagecodecs.png_decode(data)  # in about 0.6 of OpenCV's time
+                if fast.dtype == np.uint8 and fast.shape[2:] == (() if is_label else (3,)):
+                    return fast
+        image: np.ndarray | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except (cv2.error, OSError, ValueError, SyntaxError, MemoryError) as error:
         raise _broken(path) from error
     if image is None:
         raise _broken(path)
     return image
-
-
-def _fast_png(data: bytes, is_label: bool) -> np.ndarray | None:
-    """Decode with imagecodecs, if that is installed: it takes about 0.6 of OpenCV's time.
-
-    None for what OpenCV must convert or judge: other depths, palettes, transparent pixels, broken files.
-    """
-    if imagecodecs is None:
-        return None
-    try:
-        image: np.ndarray = imagecodecs.png_decode(data)
-    except imagecodecs.PngError:
-        return None
-    plain = image.ndim == 2 if is_label else image.shape[2:] == (3,)
-    return image if plain and image.dtype == np.uint8 else None
 
 
 def open_cache(root: Path) -> Path | None:
