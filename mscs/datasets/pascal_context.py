@@ -40,7 +40,7 @@ def index(labels: LabelSet, split: str, root: Path) -> Index:
     """List a split."""
     path = require_folder("pascal_context", root / VOC / "ImageSets" / "Main") / f"{split}.txt"
     try:
-        lines = path.read_text().splitlines()
+        names = path.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
         raise MscsError(
             f"{path}: cannot read this list of images ({error}). Fetch pascal_context again"
@@ -50,7 +50,6 @@ def index(labels: LabelSet, split: str, root: Path) -> Index:
             f"pascal_context: no folder {root / LABEL_FOLDER}, but the 459-class annotations are there. "
             f"Convert them once with `mscs data prepare pascal_context --root {root}`"
         )
-    names = [line.split()[0] for line in lines if line.strip()]
     samples = ((name, f"{VOC}/JPEGImages/{name}.jpg", f"{LABEL_FOLDER}/{name}.png") for name in names)
     return build_index(labels, root, samples)
 
@@ -64,12 +63,9 @@ def context_lookup(root: Path) -> "np.ndarray":
     import numpy as np
 
     classes = SPEC.labels().classes
-    places = (root / "labels.txt", root / MAT_FOLDER / "labels.txt")
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise MscsError(
-            f"{places[0]}: the list of the 459 class names is missing. Fetch pascal_context again"
-        )
+    path = root / "labels.txt"
+    if not path.is_file():
+        raise MscsError(f"{path}: the list of the 459 class names is missing. Fetch pascal_context again")
     found = re.findall(r"^\s*(\d+)\s*:\s*(.+?)\s*$", path.read_text(errors="replace"), flags=re.MULTILINE)
     numbers = {name: int(number) for number, name in found}
     missing = [name for name in classes if name not in numbers]
@@ -95,9 +91,10 @@ def convert_labels(root: Path) -> int:
     target = root / LABEL_FOLDER
     if target.is_dir():
         return 0
-    if not (root / MAT_FOLDER).is_dir():
+    paths = sorted((root / MAT_FOLDER).glob("*.mat"))
+    if not paths:
         raise UsageError(
-            f"pascal_context: no folder {root / MAT_FOLDER}. Run `mscs data fetch pascal_context` first"
+            f"pascal_context: no .mat file in {root / MAT_FOLDER}. Run `mscs data fetch pascal_context` first"
         )
     try:
         from scipy.io import loadmat
@@ -118,9 +115,6 @@ def convert_labels(root: Path) -> int:
         with atomic_path(out) as temporary:
             temporary.write_bytes(cv2.imencode(".png", label)[1].tobytes())
 
-    paths = sorted((root / MAT_FOLDER).glob("*.mat"))
-    if not paths:
-        raise MscsError(f"{root / MAT_FOLDER}: holds no .mat file. Fetch pascal_context again")
     thread_map(convert, paths, desc="converting labels", disable=None)
     staging.rename(target)
     return len(paths)
