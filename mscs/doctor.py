@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mscs import numerics
 from mscs.command_line import add_command
 from mscs.datasets import DATASETS
 from mscs.datasets.spec import default_root
@@ -80,32 +81,13 @@ def examine(profile: str) -> Iterator[Finding]:
 
 
 def check_packages() -> Finding:
-    """Installed packages against the lock."""
-    if not LOCK.exists():
-        return Finding("packages", "problem", f"no {LOCK}", "run this in the project's folder")
-    wanted = pinned(LOCK.read_text())
-    other = [
-        f"{name} {found or 'missing'} (lock: {version})"
-        for name, version in wanted.items()
-        if (found := _version(name)) != version
-    ]
-    if not other:
-        return Finding("packages", "ok", f"{len(wanted)}, all as in {LOCK}")
-    more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-    remedy = "`make setup` installs the pinned ones; others may change numbers"
-    state = "warning" if _version("torch") else "problem"
-    return Finding("packages", state, ", ".join(other[:5]) + more, remedy)
-
-
-def pinned(lock: str) -> dict[str, str]:
-    """Return name -> version of what a lock asks for on this machine."""
-    from packaging.requirements import Requirement
-
-    lines = (line.rstrip(" \\") for line in lock.splitlines() if line[:1].isalnum())
-    found = [Requirement(line) for line in lines]
-    return {
-        r.name: str(r.specifier).removeprefix("==") for r in found if r.marker is None or r.marker.evaluate()
-    }
+    """The packages that can change results, against the versions that were last accepted."""
+    try:
+        installed = numerics.check_packages(accept=False)["installed"]
+    except UsageError as error:
+        state = "warning" if _version("torch") else "problem"
+        return Finding("packages", state, str(error), "`make setup` installs the pinned ones")
+    return Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
 def check_gpus(profile: str) -> Iterator[Finding]:

@@ -46,25 +46,15 @@ def test_an_unknown_profile_is_misuse(capsys):
     assert "did you mean 'paper'" in capsys.readouterr().err
 
 
-def test_pins_follow_markers():
-    lock = """torch==9.9 \\
-    --hash=sha256:00 \\
-    --hash=sha256:11
-numpy==1.0 ; python_version < '3' \\
-    --hash=sha256:22
-attrs==2.0 ; python_version >= '3'
-"""
-    assert doctor.pinned(lock) == {"torch": "9.9", "attrs": "2.0"}
-
-
-def test_packages_that_differ_from_the_lock(monkeypatch, tmp_path):
+def test_packages_that_were_never_accepted(monkeypatch, tmp_path):
+    assert doctor.check_packages().state == "ok"
     monkeypatch.chdir(tmp_path)
-    missing = doctor.check_packages()
-    assert missing.state == "problem"
-    (tmp_path / "requirements.lock").write_text("pytest==0.1\nno-such-package==1.0\n")
+    assert "numerics.yaml" in doctor.check_packages().found
+    versions = '{torch: ["0.1"], no-such-package: ["1.0"]}'
+    (tmp_path / "numerics.yaml").write_text(f"units: {{packages: {{version: 1, accepted: {versions}}}}}")
     found = doctor.check_packages()
     assert found.state == "warning"
-    assert "(lock: 0.1), no-such-package missing (lock: 1.0)" in found.found
+    assert "(accepted: 0.1), no-such-package not installed (accepted: 1.0)" in found.found
 
 
 @pytest.mark.parametrize(
