@@ -845,7 +845,7 @@ def test_files_that_are_known_one_by_one_are_compared(small, tmp_path, packed):
             {f"SegNet/CamVid/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*.png")},
         )
     with pytest.raises(BrokenArchive, match=r"1 files are not the official ones, such as testannot/"):
-        fetch.fetch("camvid", tmp_path / "root", given=given, progress=False)
+        fetch.fetch("camvid", tmp_path / "root", given=given)
     assert not any((tmp_path / "root").glob("*/*.png"))
 
 
@@ -857,7 +857,7 @@ def test_camvid_is_downloaded_once_for_all_its_folders(small, server, tmp_path, 
     monkeypatch.setitem(DATASETS, "camvid", dataclasses.replace(spec, parts=parts))
     members = {f"SegNet-x/CamVid/{p.relative_to(source)}": p.read_bytes() for p in source.rglob("*.png")}
     server.files["/master.zip"] = zip_of(tmp_path / "x.zip", members).read_bytes()
-    added = fetch.fetch("camvid", tmp_path / "root", progress=False)
+    added = fetch.fetch("camvid", tmp_path / "root")
     assert sorted(added) == ["test", "testannot", "train", "trainannot", "val", "valannot"]
     assert len(server.requests) == 1
     assert len(build_dataset("camvid", "train+val", tmp_path / "root")) == 5

@@ -347,8 +347,8 @@ def test_verify_command_fails_with_code_1_on_a_broken_file(tmp_path):
 
 def test_a_changed_file_of_a_dataset_with_known_files(small):
     root = small("camvid")
-    assert verify("camvid", root, progress=False)["splits"] == {"train": 3, "val": 2, "test": 1}
+    assert verify("camvid", root)["splits"] == {"train": 3, "val": 2, "test": 1}
     image = next(root.glob("val/*"))
     cv2.imwrite(str(image), cv2.imread(str(image)) ^ 1)
     with pytest.raises(MscsError, match=r"1 problems\n.*val/.*not the official file"):
-        verify("camvid", root, progress=False)
+        verify("camvid", root)
