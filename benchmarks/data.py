@@ -77,7 +77,7 @@ def is_mixed(label):
 def draw_jitter(rng):
     """Return the order of the four colour steps and their factors."""
     order = rng.permutation(4)
-    return order, [rng.uniform(*bounds) for bounds in JITTER.values()]
+    return order, [rng.uniform(*bounds) for bounds in JITTER]
 
 
 def plain_transform(image, label, rng, crop, jitter=True):

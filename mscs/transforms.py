@@ -27,13 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT_OF_SCALE_BASE = 4
 HUE_STRIP_PIXELS = 1 << 16
 
-JITTER = {
-    "brightness": (2 / 3, 1.5),
-    "contrast": (2 / 3, 1.5),
-    "saturation": (2 / 3, 1.5),
-    "hue": (-0.05, 0.05),
-}
-"""Ranges of the paper's colour jitter."""
+JITTER = ((2 / 3, 1.5), (2 / 3, 1.5), (2 / 3, 1.5), (-0.05, 0.05))
+"""Ranges of the paper's colour jitter: brightness, contrast, saturation, hue."""
 NORMALIZED = (
     np.arange(256, dtype=np.float32) / 255 - np.array(IMAGENET_MEAN, np.float32)[:, None]
 ) / np.array(IMAGENET_STD, np.float32)[:, None]
@@ -58,7 +53,7 @@ class LabelledImage(Protocol):
 def color_jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the uint8 image after the paper's jitter: four steps in random order, factors as in `JITTER`."""
     order = rng.permutation(4)
-    factors = [float(rng.uniform(*bounds)) for bounds in JITTER.values()]
+    factors = [float(rng.uniform(*bounds)) for bounds in JITTER]
     for step in order:
         image = (_brightness, _contrast, _saturation, _hue)[step](image, factors[step])
     return image

@@ -99,6 +99,8 @@ def _receive(session: requests.Session, url: str, file: IO[bytes], max_bytes: in
 
 def cityscapes_package(part: Part, folder: Path) -> Path:
     """Return one archive of Cityscapes, compared with the MD5 that its site gives."""
+    if (folder / part.package).exists():  # only what was compared gets there
+        return folder / part.package
     try:
         session = _log_in()
         packages = {found["name"]: found["packageID"] for found in get_available_packages(session=session)}
@@ -107,7 +109,7 @@ def cityscapes_package(part: Part, folder: Path) -> Path:
         number = f"?packageID={packages[part.package]}"
         answer = session.get(f"{CITYSCAPES}/md5-sum/{number}", allow_redirects=False, timeout=60)
         answer.raise_for_status()
-    except requests.RequestException as error:
+    except (requests.RequestException, KeyError, TypeError) as error:  # no answer, or not the list
         raise MscsError(f"{CITYSCAPES}: {error}. Run the same command again") from error
     if not (md5 := re.match(r"[0-9a-f]{32}\b", answer.text)):
         raise MscsError(f"{part.package}: {CITYSCAPES} gives no MD5 of it. Run the same command again later")

@@ -827,6 +827,12 @@ class TestCityscapes:
         assert not (tmp_path / "root/gtFine").exists()
         assert (tmp_path / "root/leftImg8bit").exists()
 
+    @pytest.mark.parametrize("answer", ["{}", "[1]", '[{"name": "x"}]', "<html>"])
+    def test_a_list_that_is_none(self, site, tmp_path, answer):
+        site.files["/downloads/?list"] = answer.encode()
+        with pytest.raises(MscsError, match=r"cityscapes-dataset\.com|don't have access"):
+            self.fetch(tmp_path / "root")
+
     def test_no_access_to_the_package(self, site, tmp_path):
         site.files["/downloads/?list"] = b"[]"
         with pytest.raises(MscsError, match="don't have access"):
