@@ -20,16 +20,7 @@ VIDEOS = {
     "val": (5, 7, 16),
     "test": (2, 12, 22),
 }
-# The classes by raw value, 0..35
-RAW_CLASSES = spec.split_names("""
-Pupil, Surgical Tape, Hand, Eye Retractors, Iris, Skin, Cornea, Hydrodissection Cannula, Viscoelastic
-Cannula, Capsulorhexis Cystotome, Rycroft Cannula, Bonn Forceps, Primary Knife, Phacoemulsifier Handpiece,
-Lens Injector, I/A Handpiece, Secondary Knife, Micromanipulator, I/A Handpiece Handle, Capsulorhexis
-Forceps, Rycroft Cannula Handle, Phacoemulsifier Handpiece Handle, Capsulorhexis Cystotome Handle, Secondary
-Knife Handle, Lens Injector Handle, Suture Needle, Needle Holder, Charleux Cannula, Primary Knife Handle,
-Vitrectomy Handpiece, Mendez Ring, Marker, Hydrodissection Cannula Handle, Troutman Forceps, Cotton, Iris
-Hooks
-""")
+RAW_VALUES = range(36)
 ANATOMY = "Pupil, Surgical Tape, Hand, Eye Retractors, Iris, Skin, Cornea"  # raw values 0..6, in every task
 # Per task: names of the other classes, and the raw values of each
 INSTRUMENTS = {
@@ -85,7 +76,7 @@ def _labels(task: int) -> spec.LabelSet:
         task=task,
         classes=classes,
         raw_ids=raw_ids,
-        ignored_raw_ids=tuple(value for value in range(len(RAW_CLASSES)) if value not in used),
+        ignored_raw_ids=tuple(value for value in RAW_VALUES if value not in used),
         colors=spec.voc_palette(len(classes)),
     )
 
