@@ -18,7 +18,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -35,7 +35,7 @@ from mscs.datasets.prepare import build_cache, cache_bytes
 from mscs.datasets.verify import verify
 from mscs.provenance import machine, package_versions
 from mscs.results import write_json, write_text
-from mscs.transforms import IMAGENET_MEAN, IMAGENET_STD, PAPER_JITTER, TrainTransform
+from mscs.transforms import IMAGENET_MEAN, IMAGENET_STD, JITTER, TrainTransform
 
 TARGETS = {("cityscapes", "mscs"): 2.5, ("cityscapes", "mscs cached"): 6.0, ("ade20k", "mscs"): 2.5}
 PLAIN = "plain (PIL)"
@@ -74,13 +74,13 @@ def is_mixed(label):
     return len(counts) > 1 and counts.max() < 0.75 * counts.sum()
 
 
-def draw_jitter(rng, jitter):
+def draw_jitter(rng):
     """Return the order of the four colour steps and their factors."""
     order = rng.permutation(4)
-    return order, [rng.uniform(*bounds) for bounds in astuple(jitter)]
+    return order, [rng.uniform(*bounds) for bounds in JITTER]
 
 
-def plain_transform(image, label, rng, crop, jitter=PAPER_JITTER):
+def plain_transform(image, label, rng, crop, jitter=True):
     """Transform whole uint8 arrays with PIL and torchvision; return the image and label tensors."""
     image, label = Image.fromarray(image), Image.fromarray(label)
     choices = draw_geometry(rng, (image.height, image.width), crop)
@@ -98,13 +98,13 @@ def plain_transform(image, label, rng, crop, jitter=PAPER_JITTER):
         if is_mixed(cropped):
             break
     image = Image.fromarray(image[top : top + crop[0], left : left + crop[1]])
-    if jitter is not None:
-        image = plain_jitter(image, jitter, rng, functional)
+    if jitter:
+        image = plain_jitter(image, rng, functional)
     tensor = functional.normalize(functional.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
     return tensor, torch.from_numpy(cropped.astype(np.int64))
 
 
-def plain_jitter(image, jitter, rng, library):
+def plain_jitter(image, rng, library):
     """Apply the colour jitter of torchvision, on PIL images or tensors."""
     steps = (
         library.adjust_brightness,
@@ -112,7 +112,7 @@ def plain_jitter(image, jitter, rng, library):
         library.adjust_saturation,
         library.adjust_hue,
     )
-    order, factors = draw_jitter(rng, jitter)
+    order, factors = draw_jitter(rng)
     for step in order:
         image = steps[step](image, factors[step])
     return image
@@ -134,7 +134,7 @@ def tensor_transform(image, label, rng, crop):
         cropped = functional_v2.crop(label, *corner, *crop)
         if is_mixed(cropped):
             break
-    image = plain_jitter(functional_v2.crop(image, *corner, *crop), PAPER_JITTER, rng, functional_v2)
+    image = plain_jitter(functional_v2.crop(image, *corner, *crop), rng, functional_v2)
     image = functional_v2.to_dtype(image, torch.float32, scale=True)
     return functional_v2.normalize(image, IMAGENET_MEAN, IMAGENET_STD), cropped[0].long()
 
@@ -202,9 +202,9 @@ def add_cache(case, root):
     Marked as generated, the training split alone is a whole dataset.
     """
     write_json(root / "generated.json", {"train": len(build_dataset(case.dataset, "train", root))})
-    verify(case.dataset, root, progress=False)
+    verify(case.dataset, root)
     size = cache_bytes(case.dataset, root)
-    build_cache(case.dataset, root, progress=False)
+    build_cache(case.dataset, root)
     return size
 
 

@@ -112,7 +112,7 @@ def drawn_dataset(settings, job, folder):
     if job["quick"]:
         size = tuple(max(96, side // 4) for side in size)
     count = max(4, settings.schedule.batch_size)
-    write_dataset(settings.data.name, folder, train=count, val=1, image_size=size, progress=False)
+    write_dataset(settings.data.name, folder, train=count, val=1, image_size=size)
     return build_dataset(settings.data.name, "train", folder, settings.data.task)
 
 

@@ -24,14 +24,14 @@ from mscs.models.weights import load_strictly
 from mscs.optim import build_optimizer, learning_rate
 from mscs.seeding import derive_seed
 from mscs.settings import Contrastive, Settings
-from mscs.transforms import ColorJitter, Photometric, PhotoMetricDistortion, TrainTransform
+from mscs.transforms import Photometric, TrainTransform, color_jitter, photometric_distortion
 
 AUTOCAST = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE = {"fp64": torch.float64}
 """Of weights and images, where it is not float32."""
 PHOTOMETRIC: dict[str, Photometric | None] = {
-    "jitter": ColorJitter(),
-    "photometric": PhotoMetricDistortion(),
+    "jitter": color_jitter,
+    "photometric": photometric_distortion,
     "none": None,
 }
 

@@ -7,13 +7,13 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mscs import numerics
 from mscs.command_line import add_command
 from mscs.datasets import DATASETS
 from mscs.datasets.spec import default_root
@@ -21,7 +21,6 @@ from mscs.errors import UsageError, unknown_name
 
 LOCK = Path("requirements.lock")
 PYTHON = (3, 11)
-COMPOSE = (2, 20)
 CUDA = 13000  # what the pinned PyTorch is built for, as the driver counts: 1000 * major + 10 * minor
 NEEDS = {"mini": {"disk": 3, "memory": 4, "gpu": 0}, "paper": {"disk": 250, "memory": 64, "gpu": 24}}
 """GB of free disk, memory and memory of one GPU. Paper: the four datasets unpacked with their archives (about
@@ -37,6 +36,10 @@ class Finding:
     state: str
     found: str
     remedy: str = ""
+
+
+def _finding(name: str, good: bool, found: str, remedy: str, otherwise: str = "problem") -> Finding:
+    return Finding(name, "ok", found) if good else Finding(name, otherwise, found, remedy)
 
 
 def add_doctor_command(commands: Any) -> None:
@@ -64,60 +67,27 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def examine(profile: str) -> Iterator[Finding]:
     """Yield every finding about this machine."""
-    checks: tuple[Callable[[str], Iterator[Finding]], ...] = (
-        check_python,
-        check_packages,
-        check_gpus,
-        check_docker,
-        check_compose,
-        check_room,
-        check_data,
-        check_credentials,
-        check_links,
-    )
-    for check in checks:
-        yield from check(profile)
+    remedy = f"install Python {PYTHON[0]}.{PYTHON[1]} or later, then `make setup PYTHON=python3.x`"
+    yield _finding("python", sys.version_info >= PYTHON, sys.version.split()[0], remedy)
+    yield check_packages()
+    yield from check_gpus(profile)
+    if os.environ.get("MSCS_IN_CONTAINER"):
+        yield Finding("docker", "ok", f"inside an image: {os.environ.get('MSCS_IMAGE', 'unnamed')}")
+    else:
+        yield from check_docker(profile)
+    yield from check_room(profile)
+    yield from check_data(profile)
+    yield check_links()
 
 
-def check_python(_profile: str) -> Iterator[Finding]:
-    """Python's version."""
-    good = sys.version_info >= PYTHON
-    remedy = (
-        "" if good else f"install Python {PYTHON[0]}.{PYTHON[1]} or later, then `make setup PYTHON=python3.x`"
-    )
-    yield Finding("python", STATES[0 if good else 2], sys.version.split()[0], remedy)
-
-
-def check_packages(_profile: str) -> Iterator[Finding]:
-    """Installed packages against the lock."""
-    if not LOCK.exists():
-        yield Finding("packages", "problem", f"no {LOCK}", "run this in the project's folder")
-        return
-    wanted = pinned(LOCK.read_text())
-    installed = {name: _version(name) for name in wanted}
-    other = {name: found for name, found in installed.items() if found != wanted[name]}
-    if not other:
-        yield Finding("packages", "ok", f"{len(wanted)}, all as in {LOCK}")
-        return
-    shown = ", ".join(
-        f"{name} {found or 'missing'} (lock: {wanted[name]})" for name, found in list(other.items())[:5]
-    )
-    more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-    state = "warning" if _version("torch") else "problem"
-    yield Finding(
-        "packages", state, shown + more, "`make setup` installs the pinned ones; others may change numbers"
-    )
-
-
-def pinned(lock: str) -> dict[str, str]:
-    """Return name -> version of what a lock asks for on this machine."""
-    from packaging.requirements import Requirement
-
-    lines = (line.rstrip(" \\") for line in lock.splitlines() if line[:1].isalnum())
-    found = [Requirement(line) for line in lines]
-    return {
-        r.name: str(r.specifier).removeprefix("==") for r in found if r.marker is None or r.marker.evaluate()
-    }
+def check_packages() -> Finding:
+    """The packages that can change results, against the versions that were last accepted."""
+    try:
+        installed = numerics.check_packages(accept=False)["installed"]
+    except UsageError as error:
+        state = "warning" if _version("torch") else "problem"
+        return Finding("packages", state, str(error), "`make setup` installs the pinned ones")
+    return Finding("packages", "ok", ", ".join(f"{name} {version}" for name, version in installed.items()))
 
 
 def check_gpus(profile: str) -> Iterator[Finding]:
@@ -125,24 +95,20 @@ def check_gpus(profile: str) -> Iterator[Finding]:
     need = NEEDS[profile]["gpu"]
     gpus, driver, cuda = nvidia()
     if not gpus:
-        missing = "an NVIDIA GPU and its driver are needed to train at this size"
-        yield Finding("gpu", "problem" if need else "ok", "none", missing if need else "")
+        yield _finding(
+            "gpu", not need, "none", "an NVIDIA GPU and its driver are needed to train at this size"
+        )
         return
     for name, memory in gpus:
-        small = memory < need
-        remedy = "the largest crops will not fit: see out of memory in docs/operations.md" if small else ""
-        yield Finding("gpu", "warning" if small else "ok", f"{name}, {memory:.0f} GB", remedy)
-    old = cuda < CUDA
-    yield Finding(
-        "driver",
-        "problem" if old else "ok",
-        f"{driver}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}",
-        f"PyTorch here needs CUDA {CUDA // 1000}: update the driver (580 or later)" if old else "",
-    )
+        remedy = "the largest crops will not fit: see out of memory in docs/operations.md"
+        yield _finding("gpu", memory >= need, f"{name}, {memory:.0f} GB", remedy, "warning")
+    serves = f"{driver}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+    remedy = f"PyTorch here needs CUDA {CUDA // 1000}: update the driver (580 or later)"
+    yield _finding("driver", cuda >= CUDA, serves, remedy)
     if len(gpus) > 1:
         nccl = _version("nvidia-nccl-cu13")
-        remedy = "" if nccl else "`make setup` installs it; without it several GPUs cannot work together"
-        yield Finding("nccl", "ok" if nccl else "problem", nccl or "missing", remedy)
+        remedy = "`make setup` installs it; without it several GPUs cannot work together"
+        yield _finding("nccl", bool(nccl), nccl or "missing", remedy)
 
 
 def nvidia() -> tuple[list[tuple[str, float]], str, int]:
@@ -160,9 +126,6 @@ def nvidia() -> tuple[list[tuple[str, float]], str, int]:
 
 def check_docker(profile: str) -> Iterator[Finding]:
     """The engine, whether it can hand over GPUs, and the image."""
-    if os.environ.get("MSCS_IN_CONTAINER"):
-        yield Finding("docker", "ok", f"inside an image: {os.environ.get('MSCS_IMAGE', 'unnamed')}")
-        return
     needed = profile == "paper" and os.environ.get("MSCS_RUNTIME") != "native"
     lacking = "problem" if needed else "warning"
     instead = "or set MSCS_RUNTIME=native" if needed else "mini does without"
@@ -176,13 +139,12 @@ def check_docker(profile: str) -> Iterator[Finding]:
         yield Finding("docker", lacking, f"no engine: {first}", f"start Docker and join its group, {instead}")
         return
     yield Finding("docker", "ok", f"engine {info['ServerVersion']}")
-    if has_gpu_runtime(info):
-        yield Finding("docker gpu", "ok", "NVIDIA runtime")
-    else:
-        remedy = (
-            "install nvidia-container-toolkit, `sudo nvidia-ctk runtime configure --runtime=docker`, restart"
-        )
-        yield Finding("docker gpu", lacking, "no NVIDIA runtime", f"{remedy} Docker, {instead}")
+    there = has_gpu_runtime(info)
+    remedy = (
+        "install nvidia-container-toolkit, `sudo nvidia-ctk runtime configure --runtime=docker`, restart "
+        f"Docker, {instead}"
+    )
+    yield _finding("docker gpu", there, "NVIDIA runtime" if there else "no NVIDIA runtime", remedy, lacking)
     name = os.environ.get("MSCS_TRAIN_IMAGE") or "mscs:train"
     try:
         image = client.images.get(name)
@@ -190,9 +152,9 @@ def check_docker(profile: str) -> Iterator[Finding]:
         yield Finding("image", lacking, f"no {name}", f"`make image` builds it, {instead}")
         return
     lock = hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12] if LOCK.exists() else ""
+    remedy = f"it was not built from this {LOCK}: `make image` builds it anew"
     fits = image.labels.get("mscs.lock") == lock
-    remedy = "" if fits else f"it was not built from this {LOCK}: `make image` builds it anew"
-    yield Finding("image", "ok" if fits else "warning", f"{name} {image.short_id}", remedy)
+    yield _finding("image", fits, f"{name} {image.short_id}", remedy, "warning")
 
 
 def has_gpu_runtime(info: dict[str, Any]) -> bool:
@@ -201,75 +163,46 @@ def has_gpu_runtime(info: dict[str, Any]) -> bool:
     return "nvidia" in info.get("Runtimes", {}) or any("nvidia.com/gpu" in name for name in discovered)
 
 
-def check_compose(_profile: str) -> Iterator[Finding]:
-    """The version of Docker Compose, v2 or the older separate program."""
-    if os.environ.get("MSCS_IN_CONTAINER"):
-        return
-    for command in (["docker", "compose"], ["docker-compose"]):
-        text = _output([*command, "version", "--short"])
-        if text:
-            numbers = tuple(int(part) for part in text.lstrip("v").split(".")[:2] if part.isdigit())
-            good = numbers >= COMPOSE
-            remedy = "" if good else f"{COMPOSE[0]}.{COMPOSE[1]} or later is recommended (1.29 works)"
-            yield Finding("compose", "ok" if good else "warning", text, remedy)
-            return
-    yield Finding("compose", "warning", "none", "install docker compose to use `docker compose run`")
-
-
 def check_room(profile: str) -> Iterator[Finding]:
     """Free disk, memory and shared memory."""
-    need = NEEDS[profile]
     disk = shutil.disk_usage(".").free / 1e9
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    for name, found, wanted, remedy in (
-        ("disk", disk, need["disk"], "free some, or put data/ and work/ on a larger disk by a link"),
-        ("memory", memory, need["memory"], "fewer data workers (`--workers`) need less"),
+    for name, found, remedy in (
+        ("disk", disk, "free some, or put data/ and work/ on a larger disk by a link"),
+        ("memory", memory, "fewer data workers (`--workers`) need less"),
     ):
-        short = found < wanted
+        wanted = NEEDS[profile][name]
         text = f"{found:.0f} GB, {wanted} GB needed for everything"
-        yield Finding(name, "warning" if short else "ok", text, remedy if short else "")
+        yield _finding(name, found >= wanted, text, remedy, "warning")
     shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).total < 1e9:
-        text = f"{shutil.disk_usage(shared).total / 1e6:.0f} MB"
-        yield Finding(
-            "shared memory", "problem", text, "start the container with --shm-size 8g, or use --workers 0"
-        )
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < 1e9:
+        remedy = "start the container with --shm-size 8g, or use --workers 0"
+        yield Finding("shared memory", "problem", f"{size / 1e6:.0f} MB", remedy)
 
 
 def check_data(profile: str) -> Iterator[Finding]:
-    """The folders of the real datasets; mini draws its own."""
+    """The folders of the real datasets and whether the Cityscapes login is given; mini draws its own data."""
     if profile == "mini":
         yield Finding("data", "ok", "generated when needed")
         return
     for name in DATASETS:
         root = default_root(name)
-        there = root.is_dir()
-        remedy = (
-            "" if there else f"`mscs data fetch {name}`, or set MSCS_DATA to the folder that holds {name}/"
-        )
-        yield Finding(f"data {name}", "ok" if there else "problem", str(root), remedy)
-
-
-def check_credentials(profile: str) -> Iterator[Finding]:
-    """Whether the Cityscapes login is given; its value is never looked at further."""
+        remedy = f"`mscs data fetch {name}`, or set MSCS_DATA to the folder that holds {name}/"
+        yield _finding(f"data {name}", root.is_dir(), str(root), remedy)
     given = all(os.environ.get(f"CITYSCAPES_{part}") for part in ("USERNAME", "PASSWORD"))
-    needed = profile == "paper" and not default_root("cityscapes").is_dir()
+    good = given or default_root("cityscapes").is_dir()
     remedy = "set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD, or be asked by `mscs data fetch cityscapes`"
-    lacking = needed and not given
-    yield Finding(
-        "cityscapes login", STATES[lacking], "set" if given else "not set", remedy if lacking else ""
-    )
+    yield _finding("cityscapes login", good, "set" if given else "not set", remedy, "warning")
 
 
-def check_links(_profile: str) -> Iterator[Finding]:
+def check_links() -> Finding:
     """How DVC links files out of its cache: symbolic links may point to nothing inside a container."""
     config = configparser.ConfigParser(strict=False)
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     config.read([home / "dvc" / "config", ".dvc/config", ".dvc/config.local"])
     kinds = config.get("cache", "type", fallback="reflink,copy").strip('"').replace(" ", "")
-    linked = "symlink" in kinds
     remedy = "`dvc config --local cache.type reflink,hardlink,copy`, then `dvc checkout --relink`"
-    yield Finding("dvc cache", STATES[2 * linked], kinds, remedy if linked else "")
+    return _finding("dvc cache", "symlink" not in kinds, kinds, remedy)
 
 
 def _version(name: str) -> str | None:
@@ -277,10 +210,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -7,7 +7,8 @@ step t continues the stream of one that started at 0.
 
 import functools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -42,9 +43,6 @@ class Transform(Protocol):
         """Return the image and the label."""
 
 
-Part = tuple[Tensor, Tensor, str]
-
-
 class Draw(NamedTuple):
     """Which sample to read, and the epoch that its augmentation belongs to."""
 
@@ -57,18 +55,13 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> list[int]:
     return numpy_generator(seed, "order", epoch).permutation(num_samples).tolist()
 
 
-def epoch_length(num_samples: int, batch_size: int) -> int:
-    """Return the number of steps per epoch; an incomplete last batch is dropped."""
-    return max(1, num_samples // batch_size)
-
-
 def draws_of_step(num_samples: int, batch_size: int, seed: int, step: int) -> list[Draw]:
     """Return the global batch of a step: the next slice of the epoch's permutation, incomplete ones dropped.
 
     A dataset smaller than a batch is drawn from again, in a new permutation that counts as a new epoch.
     """
     if num_samples >= batch_size:
-        epoch, position = divmod(step, epoch_length(num_samples, batch_size))
+        epoch, position = divmod(step, num_samples // batch_size)
         first = epoch * num_samples + position * batch_size
     else:
         first = step * batch_size
@@ -110,50 +103,47 @@ def train_loader(
         raise UsageError(
             f"a global batch of {batch_size} cannot be divided among {world_size} processes; use a multiple"
         )
-    part = batch_size // world_size
-    mine = slice(rank * part, (rank + 1) * part)
-    steps = range(start_step, num_steps)
-    batches = (draws_of_step(len(dataset), batch_size, seed, step)[mine] for step in steps)
     loader = DataLoader(
-        _Augmented(dataset, transform, seed),
-        batch_sampler=batches,
-        collate_fn=_collate,
+        _Batches(dataset, transform, batch_size, seed, rank, world_size),
+        batch_size=None,
+        sampler=range(start_step, num_steps),
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_prepare_worker,
         prefetch_factor=2 if num_workers else None,
         timeout=STALLED_SECONDS if num_workers else 0,
     )
-    for step, parts in zip(steps, loader, strict=True):
-        if isinstance(parts, MscsError):
-            raise parts
-        images, labels, ids = parts
-        yield Batch(images, labels, ids, step)
+    for batch in loader:
+        if isinstance(batch, MscsError):
+            raise batch
+        yield batch
 
 
-class _Augmented(torch.utils.data.Dataset):
-    """Reads and transforms one draw."""
+@dataclass
+class _Batches(torch.utils.data.Dataset):
+    """What one process trains on, by step."""
 
-    def __init__(self, dataset: Dataset, transform: Transform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    dataset: Dataset
+    transform: Transform
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
 
-    def __getitem__(self, draw: Draw) -> Part | MscsError:
-        try:
-            sample = self.dataset[draw.sample]
-        except MscsError as error:
-            return error  # raised in a worker, it would arrive buried in a traceback
-        image, label = self.transform(sample, numpy_generator(self.seed, "augment", draw.epoch, draw.sample))
-        return image, label, sample.id
-
-
-def _collate(parts: Sequence[Part | MscsError]) -> tuple[Tensor, Tensor, list[str]] | MscsError:
-    whole: list[Part] = []
-    for part in parts:
-        if isinstance(part, MscsError):
-            return part
-        whole.append(part)
-    images, labels, ids = zip(*whole, strict=True)
-    return torch.stack(images), torch.stack(labels), list(ids)
+    def __getitem__(self, step: int) -> Batch | MscsError:
+        part = self.batch_size // self.world_size
+        draws = draws_of_step(len(self.dataset), self.batch_size, self.seed, step)[self.rank * part :][:part]
+        images, labels, ids = [], [], []
+        for epoch, place in draws:
+            try:
+                sample = self.dataset[place]
+            except MscsError as error:
+                return error  # raised in a worker, it would arrive buried in a traceback
+            image, label = self.transform(sample, numpy_generator(self.seed, "augment", epoch, place))
+            images.append(image)
+            labels.append(label)
+            ids.append(sample.id)
+        return Batch(torch.stack(images), torch.stack(labels), ids, step)
 
 
 def _prepare_worker(_worker: int) -> None:

@@ -15,20 +15,17 @@ from mscs.datasets import Dataset, LabelSet, Sample
 from mscs.results import atomic_path, inside
 
 
-def prediction_name(labels: LabelSet, sample_id: str) -> str:
-    """Return the file name of a prediction."""
-    return f"{sample_id}_pred_labelIds.png" if labels.dataset == "cityscapes" else f"{sample_id}.png"
-
-
 def write_prediction(folder: Path, labels: LabelSet, sample_id: str, prediction: np.ndarray) -> Path:
     """Write the predicted training ids (H, W) uint8 of one image; return the file."""
     raw = np.array([values[0] for values in labels.raw_ids], dtype=np.uint8)
-    image = Image.fromarray(raw[prediction])
-    if labels.dataset != "cityscapes":
+    image, name = Image.fromarray(raw[prediction]), f"{sample_id}.png"
+    if labels.dataset == "cityscapes":
+        name = f"{sample_id}_pred_labelIds.png"
+    else:
         palette = np.zeros((256, 3), np.uint8)
         palette[raw] = labels.colors
         image.putpalette(palette.tobytes())
-    path = inside(folder, prediction_name(labels, sample_id))
+    path = inside(folder, name)
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG")
     return path

@@ -27,7 +27,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT_OF_SCALE_BASE = 4
 HUE_STRIP_PIXELS = 1 << 16
 
+JITTER = ((2 / 3, 1.5), (2 / 3, 1.5), (2 / 3, 1.5), (-0.05, 0.05))
+"""Ranges of the paper's colour jitter: brightness, contrast, saturation, hue."""
+NORMALIZED = (
+    np.arange(256, dtype=np.float32) / 255 - np.array(IMAGENET_MEAN, np.float32)[:, None]
+) / np.array(IMAGENET_STD, np.float32)[:, None]
+"""The normalised value of each uint8 level, float32 (3, 256)."""
+
 Range = tuple[float, float]
+Photometric = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 class LabelledImage(Protocol):
@@ -42,77 +50,48 @@ class LabelledImage(Protocol):
         """Return the training ids, uint8 (H, W)."""
 
 
-@dataclass(frozen=True)
-class ColorJitter:
-    """Ranges of the colour jitter; the four steps are applied in random order, always."""
-
-    brightness: Range = (2 / 3, 1.5)
-    contrast: Range = (2 / 3, 1.5)
-    saturation: Range = (2 / 3, 1.5)
-    hue: Range = (-0.05, 0.05)
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return the jittered uint8 image; the factors are uniform in their ranges."""
-        order = rng.permutation(4)
-        ranges = (self.brightness, self.contrast, self.saturation, self.hue)
-        factors = [float(rng.uniform(*bounds)) for bounds in ranges]
-        for step in order:
-            image = _JITTER_STEPS[step](image, factors[step])
-        return image
+def color_jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the uint8 image after the paper's jitter: four steps in random order, factors as in `JITTER`."""
+    order = rng.permutation(4)
+    factors = [float(rng.uniform(*bounds)) for bounds in JITTER]
+    for step in order:
+        image = (_brightness, _contrast, _saturation, _hue)[step](image, factors[step])
+    return image
 
 
-@dataclass(frozen=True)
-class PhotoMetricDistortion:
-    """The colour distortion of mmsegmentation (SSD): every step with probability one half.
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the uint8 image after the colour distortion of mmsegmentation (SSD).
 
-    Brightness +-32, contrast and saturation x 0.5-1.5, hue +-18 of 180; contrast comes before saturation and
-    hue or after them, by a coin.
+    Every step with probability one half: brightness +-32, contrast and saturation x 0.5-1.5, hue +-18 of 180;
+    contrast comes before saturation and hue or after them, by a coin.
     """
-
-    brightness_delta: float = 32
-    contrast: Range = (0.5, 1.5)
-    saturation: Range = (0.5, 1.5)
-    hue_delta: int = 18
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return the distorted uint8 image."""
-        if rng.random() < 0.5:
-            image = _affine(image, 1.0, rng.uniform(-self.brightness_delta, self.brightness_delta))
-        contrast_first = rng.random() < 0.5
-        if contrast_first and rng.random() < 0.5:
-            image = _affine(image, rng.uniform(*self.contrast), 0.0)
-        saturate, turn = rng.random() < 0.5, rng.random() < 0.5
-        if saturate or turn:
-            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-            if saturate:
-                hsv[..., 1] = _affine(hsv[..., 1], rng.uniform(*self.saturation), 0.0)
-            if turn:
-                shift = int(rng.integers(-self.hue_delta, self.hue_delta + 1))
-                hsv[..., 0] = (hsv[..., 0].astype(np.int16) + shift) % 180
-            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-        if not contrast_first and rng.random() < 0.5:
-            image = _affine(image, rng.uniform(*self.contrast), 0.0)
-        return image
-
-
-PAPER_JITTER = ColorJitter()
+    if rng.random() < 0.5:
+        image = _affine(image, 1.0, rng.uniform(-32, 32))
+    contrast_first = rng.random() < 0.5
+    if contrast_first and rng.random() < 0.5:
+        image = _affine(image, rng.uniform(0.5, 1.5), 0.0)
+    saturate, turn = rng.random() < 0.5, rng.random() < 0.5
+    if saturate or turn:
+        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        if saturate:
+            hsv[..., 1] = _affine(hsv[..., 1], rng.uniform(0.5, 1.5), 0.0)
+        if turn:
+            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + int(rng.integers(-18, 19))) % 180
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    if not contrast_first and rng.random() < 0.5:
+        image = _affine(image, rng.uniform(0.5, 1.5), 0.0)
+    return image
 
 
 def normalize(image: np.ndarray) -> Tensor:
     """Turn uint8 (H, W, 3) RGB into float32 (3, H, W), normalised with the ImageNet mean and deviation."""
     normalized = np.empty((3, *image.shape[:2]), np.float32)
-    for plane, table, out in zip(cv2.split(image), _normalize_tables(), normalized, strict=True):
+    for plane, table, out in zip(cv2.split(image), NORMALIZED, normalized, strict=True):
         cv2.LUT(plane, table, out)
     return torch.from_numpy(normalized)
 
 
-def _normalize_tables() -> np.ndarray:
-    """Return float32 (3, 256): the normalised value of each uint8 level."""
-    levels = np.arange(256, dtype=np.float32) / 255
-    mean, std = (np.array(values, np.float32)[:, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (levels - mean) / std
-
-
+@dataclass(frozen=True, kw_only=True)
 class TrainTransform:
     """The paper's training transform, `transform(sample, rng)` -> (image, label).
 
@@ -120,42 +99,25 @@ class TrainTransform:
     from `rng`.
     """
 
-    def __init__(
-        self,
-        *,
-        crop_size: tuple[int, int] | None,
-        scale_range: Range = (0.5, 2.0),
-        aspect_range: Range = (0.9, 1.1),
-        scale_base: int | Literal["native"] = "native",
-        hflip: float = 0.5,
-        class_max_ratio: float = 0.75,
-        crop_tries: int = 10,
-        photometric: "Photometric | None" = PAPER_JITTER,
-        reflect_pad: tuple[int, int] = (0, 0),
-    ) -> None:
-        """Fix the ranges.
-
-        Args:
-            crop_size: (h, w) of the result; None keeps the whole image, neither scaled nor cropped.
-            scale_range: the scale is uniform in it.
-            aspect_range: the change of width over height is uniform in it.
-            scale_base: what scale 1 means: "native" the image's own size, a number the length of its short
-                side (mmsegmentation).
-            hflip: probability of a horizontal flip.
-            class_max_ratio: a crop is taken when it shows two classes and none covers this share of it.
-            crop_tries: the last of that many crops is taken in any case.
-            photometric: ColorJitter (the paper), PhotoMetricDistortion (mmsegmentation) or None.
-            reflect_pad: rows mirrored at the top and bottom (CaDIS: (2, 2), 540 -> 544 rows).
-        """
-        self.crop_size = crop_size
-        self.scale_range = scale_range
-        self.aspect_range = aspect_range
-        self.scale_base = scale_base
-        self.hflip = hflip
-        self.class_max_ratio = class_max_ratio
-        self.crop_tries = crop_tries
-        self.photometric = photometric
-        self.reflect_pad = reflect_pad
+    crop_size: tuple[int, int] | None
+    """(h, w) of the result; None keeps the whole image, neither scaled nor cropped."""
+    scale_range: Range = (0.5, 2.0)
+    """The scale is uniform in it."""
+    aspect_range: Range = (0.9, 1.1)
+    """The change of width over height is uniform in it."""
+    scale_base: int | Literal["native"] = "native"
+    """What scale 1 means: "native" the image's own size, a number the length of its short side
+    (mmsegmentation)."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    class_max_ratio: float = 0.75
+    """A crop is taken when it shows two classes and none covers this share of it."""
+    crop_tries: int = 10
+    """The last of that many crops is taken in any case."""
+    photometric: Photometric | None = color_jitter
+    """`color_jitter` (the paper), `photometric_distortion` (mmsegmentation) or None."""
+    reflect_pad: tuple[int, int] = (0, 0)
+    """Rows mirrored at the top and bottom (CaDIS: (2, 2), 540 -> 544 rows)."""
 
     def __call__(self, sample: LabelledImage, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Return the transformed image and label."""
@@ -219,19 +181,17 @@ class Window(NamedTuple):
 
     def bilinear(self, source: np.ndarray, fill: int) -> np.ndarray:
         """Return the window of the image (H, W, 3), resized by PIL's bilinear filter."""
-        starts, stops, box = [], [], []
+        slices, lengths, box = [], [], []
         for (start, stop), length, size in zip(self._inside(), source.shape, self.resized, strict=False):
             scale = length / size
             margin = math.ceil(max(scale, 1)) + 1  # the filter reaches max(scale, 1) source pixels
             first = max(0, math.floor(start * scale) - margin)
-            last = min(length, math.ceil(stop * scale) + margin)
-            starts.append(first)
-            stops.append(last)
+            slices.append(slice(first, min(length, math.ceil(stop * scale) + margin)))
+            lengths.append(stop - start)
             box.append((start * scale - first, min(stop * scale, length) - first))
-        part = Image.fromarray(_contiguous(source[starts[0] : stops[0], starts[1] : stops[1]]))
+        part = Image.fromarray(_contiguous(source[tuple(slices)]))
         (top, bottom), (left, right) = box
-        (y0, y1), (x0, x1) = self._inside()
-        resized = part.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, (left, top, right, bottom))
+        resized = part.resize(lengths[::-1], Image.Resampling.BILINEAR, (left, top, right, bottom))
         return self._framed(np.asarray(resized), fill)
 
     def _inside(self) -> list[tuple[int, int]]:
@@ -318,7 +278,3 @@ def _hue(image: np.ndarray, factor: float) -> np.ndarray:
 def _floor_to_byte(values: np.ndarray, factor: float) -> np.ndarray:
     """Return floor(values * factor); float32 noise must not turn an exact 85 (pure green) into 84."""
     return (values * np.float32(factor) + np.float32(1e-4)).astype(np.uint8)
-
-
-_JITTER_STEPS = (_brightness, _contrast, _saturation, _hue)
-Photometric = Callable[[np.ndarray, np.random.Generator], np.ndarray]

@@ -24,7 +24,7 @@ def generated(tmp_path_factory):
     def draw(name: str) -> Path:
         if name not in roots:
             root = tmp_path_factory.mktemp("data") / name
-            write_dataset(name, root, train=8, val=3, image_size=(64, 96), progress=False)
+            write_dataset(name, root, train=8, val=3, image_size=(64, 96))
             roots[name] = root
         return roots[name]
 

@@ -8,7 +8,7 @@ import torch
 
 from mscs.datasets import Sample
 from mscs.errors import MscsError, UsageError
-from mscs.loader import Draw, draws_of_step, epoch_length, train_loader
+from mscs.loader import Draw, draws_of_step, train_loader
 from mscs.transforms import TrainTransform
 
 SIZE = 23
@@ -73,7 +73,6 @@ def test_starting_anywhere_continues_the_stream(start):
 
 
 def test_epochs_are_permutations_with_the_rest_dropped():
-    assert epoch_length(SIZE, 8) == 2
     draws = [draws_of_step(SIZE, 8, 3, step) for step in range(6)]
     orders = []
     for epoch in range(3):
@@ -105,7 +104,6 @@ def test_a_dataset_smaller_than_the_batch():
     assert [draw.epoch for draw in draws] == [place // 5 for place in range(48)]
     assert {draw.sample for draw in draws[:5]} == {draw.sample for draw in draws[5:10]} == set(range(5))
     assert draws[0] == Draw(0, draws[0].sample)
-    assert epoch_length(5, 8) == 1
     batch = load(number=5)[1]
     assert batch.images.shape[0] == 8
     assert len(torch.unique(batch.images.flatten(1), dim=0)) == 8  # repeats are augmented anew

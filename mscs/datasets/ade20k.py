@@ -10,17 +10,7 @@ Label value 0 is ignored, 1..150 are the classes. Sample id: the file name witho
 
 from pathlib import Path
 
-from mscs.datasets.spec import (
-    Index,
-    LabelSet,
-    Part,
-    Spec,
-    Toy,
-    build_index,
-    names_in,
-    numbered_labels,
-    require_folder,
-)
+from mscs.datasets import spec
 
 BASE = "ADEChallengeData2016"
 FOLDERS = {"train": "training", "val": "validation"}
@@ -41,11 +31,11 @@ ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator,
 """
 
 
-def index(labels: LabelSet, split: str, root: Path) -> Index:
+def index(labels: spec.LabelSet, split: str, root: Path) -> spec.Index:
     """List a split."""
     images, annotations = (f"{BASE}/{kind}/{FOLDERS[split]}" for kind in ("images", "annotations"))
-    names = names_in(require_folder("ade20k", root / images), ".jpg")
-    return build_index(labels, root, ((n, f"{images}/{n}.jpg", f"{annotations}/{n}.png") for n in names))
+    names = spec.names_in(spec.require_folder("ade20k", root / images), ".jpg")
+    return spec.build_index(labels, root, ((n, f"{images}/{n}.jpg", f"{annotations}/{n}.png") for n in names))
 
 
 # What the generated stand-in shows, see `Toy.things`
@@ -69,13 +59,13 @@ def _toy_paths(split: str, index: int) -> tuple[str, str]:
     return f"{BASE}/images/{stem}.jpg", f"{BASE}/annotations/{stem}.png"
 
 
-SPEC = Spec(
+SPEC = spec.Spec(
     name="ade20k",
-    label_sets=(numbered_labels("ade20k", CLASSES),),
+    label_sets=(spec.numbered_labels("ade20k", CLASSES),),
     splits=SPLITS,
     index=index,
     parts=(
-        Part(
+        spec.Part(
             BASE,
             {
                 f"{BASE}/{kind}/{FOLDERS[split]}/*.{suffix}": count
@@ -89,5 +79,5 @@ SPEC = Spec(
     home="http://sceneparsing.csail.mit.edu",
     licence="images: non-commercial research and education; annotations: BSD 3-clause",
     tolerance=1.0,
-    toy=Toy(size=(128, 160), smallest=0.75, paths=_toy_paths, things=SCENE),
+    toy=spec.Toy(size=(128, 160), smallest=0.75, paths=_toy_paths, things=SCENE),
 )

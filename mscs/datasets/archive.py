@@ -1,19 +1,16 @@
 """Unpack zip and tar archives that may be broken or hostile.
 
-Only plain files are written, only below the target folder, each once, and no more bytes than plausible. The
-standard library writes them; what it would silently repair, skip or read into memory is refused here.
+The standard library reads them; only plain files are written, only below the target folder, each once, and no
+more bytes than plausible.
 """
 
-import bz2
 import errno
 import gzip
-import lzma
 import shutil
 import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +23,10 @@ MAX_FILES = 1_000_000
 MAX_RATIO, SLACK = 200, 64 << 20  # unpacked bytes per byte of the archive, and in any case
 MAX_READ = 1 << 20  # tarfile reads contents in smaller pieces, but a header of any size at once
 MIN_FREE_AFTER = 64 << 20  # bytes that a download or an archive must leave free
-DECOMPRESSORS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZ": bz2.open,
-    b"\xfd7": lzma.open,
-}
+GZIP = b"\x1f\x8b"  # its first bytes
 
-# Python has filters from 3.11.4 on; before, attributes stay unset, and the checks here are all there is.
-SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {"set_attrs": False}
-
-Member = tuple[str, int, bool, Callable[[], Any]]
-"""Name, size, whether it is a plain file, and what writes it."""
+Member = tuple[str, int, Any]
+"""Name, size, and the open file; None for what is no plain file."""
 
 
 class BrokenArchive(MscsError):
@@ -44,16 +34,18 @@ class BrokenArchive(MscsError):
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise MscsError unless `needed` bytes and a margin are free in `folder`."""
+    """Raise OSError unless `needed` bytes and a margin are free in `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed + MIN_FREE_AFTER:
-        raise MscsError(
-            f"{folder}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
-            "Free some space or choose another folder with --root or MSCS_DATA"
+        raise OSError(
+            errno.ENOSPC,
+            f"it needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+            "Free some space or choose another folder with --root or MSCS_DATA",
+            str(folder),
         )
 
 
-def extract(archive: Path, folder: Path, *, progress: bool = True) -> None:
+def extract(archive: Path, folder: Path) -> None:
     """Unpack `archive` into the new folder `folder`; of one that fails nothing is left.
 
     Raises:
@@ -61,13 +53,13 @@ def extract(archive: Path, folder: Path, *, progress: bool = True) -> None:
             device; too many files or bytes.
         MscsError: no space, or another fault of the disk.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    require_space(folder, archive.stat().st_size)
     try:
-        _write_members(archive, folder, progress)
+        _write_members(archive, folder)
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder)
+        if isinstance(error, FileExistsError):
+            error = MscsError(f"{error.filename!r} is in it twice")
         if isinstance(error, MscsError):
             raise BrokenArchive(f"{archive}: refused, {error}") from error
         if isinstance(error, OSError) and error.errno:
@@ -77,48 +69,39 @@ def extract(archive: Path, folder: Path, *, progress: bool = True) -> None:
         raise
 
 
-def _write_members(archive: Path, folder: Path, progress: bool) -> None:
+def _write_members(archive: Path, folder: Path) -> None:
     left = SLACK + MAX_RATIO * archive.stat().st_size
-    members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
-    seen: set[Path] = set()
-    quiet = None if progress else True  # None: no bar where the output is no terminal
-    for name, size, plain, write in tqdm(
-        members(archive, folder, left), f"unpacking {archive}", disable=quiet
-    ):
+    members = _zip_members(archive) if zipfile.is_zipfile(archive) else _tar_members(archive, left)
+    for number, (name, size, content) in enumerate(tqdm(members, f"unpacking {archive}", disable=None)):
         path, left = inside(folder, name), left - size
-        if not plain:
+        if content is None:
             raise MscsError(f"{name!r} is a link or a device")
-        if path in seen:
-            raise MscsError(f"{name!r} is in it twice")
-        seen.add(path)
-        if len(seen) > MAX_FILES or left < 0:
+        if number == MAX_FILES or left < 0:
             raise MscsError(f"more than {MAX_FILES} files or more bytes than are plausible (a bomb?)")
-        write()
+        require_space(folder, size)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with content, path.open("xb") as file:  # x: refuses a name that comes twice
+            shutil.copyfileobj(content, file)
 
 
-def _zip_members(archive: Path, folder: Path, allowed: int) -> Iterator[Member]:
+def _zip_members(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as file:
-        total = sum(info.file_size for info in file.infolist())
-        if total <= allowed and shutil.disk_usage(folder).free < total + MIN_FREE_AFTER:
-            raise OSError(errno.ENOSPC, f"{total} bytes do not fit")
         for info in file.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)
             if not info.is_dir():
-                plain = kind in (0, stat.S_IFREG)
-                yield info.filename, info.file_size, plain, partial(file.extract, info, folder)
+                plain = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)
+                yield info.filename, info.file_size, file.open(info) if plain else None
 
 
-def _tar_members(archive: Path, folder: Path, allowed: int) -> Iterator[Member]:
+def _tar_members(archive: Path, allowed: int) -> Iterator[Member]:
     with archive.open("rb") as start:
-        opener = DECOMPRESSORS.get(start.read(2), open)
+        opener: Any = gzip.open if start.read(2) == GZIP else open
     with opener(archive, "rb") as content:
         stream: Any = _BoundedReader(content, allowed)
         with tarfile.open(fileobj=stream, mode="r:") as file:
             while (info := file.next()) is not None:
                 file.members.clear()  # type: ignore[attr-defined]  # it keeps all that it has seen
                 if not info.isdir():
-                    write = partial(file.extract, info, folder, **SAFELY)
-                    yield info.name, info.size, info.isreg(), write
+                    yield info.name, info.size, file.extractfile(info) if info.isreg() else None
         while chunk := stream.read(MAX_READ):  # the checksum of a compressed tar is at its very end
             if chunk.strip(b"\0"):
                 raise ValueError("unreadable members")

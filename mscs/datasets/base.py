@@ -1,5 +1,6 @@
 """Read a split of a dataset: `build_dataset` -> `Dataset`, whose items are `Sample`s."""
 
+import contextlib
 import io
 from dataclasses import dataclass
 from os import PathLike
@@ -13,7 +14,7 @@ from PIL import Image
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet
 from mscs.errors import MscsError, UsageError
-from mscs.results import read_json
+from mscs.results import read_mapping
 
 try:
     import imagecodecs
@@ -26,6 +27,7 @@ JPEG_END = b"\xff\xd9"
 JPEG_TRAILER = 4096  # bytes at the end of a file within which the end mark must lie
 MANIFEST = "manifest.json"
 CACHE = "decoded"
+"""Folder of decoded images: in a folder named by the digest of the manifest that they were made from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,6 @@ class Dataset:
     def __init__(self, labels: LabelSet, split: str, root: Path, index: Index) -> None:
         self.labels = labels
         self.name = labels.dataset
-        self.task = labels.task
         self.split = split
         self.root = root
         self.num_classes = labels.num_classes
@@ -66,24 +67,36 @@ class Dataset:
 
     def __getitem__(self, i: int) -> Sample:
         entry = self.entries[i]
-        image, label = self._read_cached(entry) if self._cache else self._read(entry)
+        if self._cache:
+            image, label = self._map_decoded(entry.image), self._map_decoded(entry.label)
+        else:
+            image, label = self.decode(entry, *self.read_files(entry))
         return Sample(image, cv2.LUT(label, self._lookup), entry.id)
 
-    def _read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        image_path, label_path = self.root / entry.image, self.root / entry.label
-        image = decode_image(read_bytes(image_path), image_path)
-        label = decode_label(read_bytes(label_path), label_path)
-        check_sizes(image, label, label_path)
+    def read_files(self, entry: Entry) -> tuple[bytes, bytes]:
+        """Return the content of the image and the label file."""
+        return read_bytes(self.root / entry.image), read_bytes(self.root / entry.label)
+
+    def decode(self, entry: Entry, image_file: bytes, label_file: bytes) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image and the raw label values, decoded; MscsError if one is broken."""
+        # as the pixels of the image are stored: no rotation by EXIF
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = _decode(image_file, self.root / entry.image, flags)
+        label = decode_label(label_file, self.root / entry.label)
+        if image.shape[:2] != label.shape:
+            raise MscsError(
+                f"{self.root / entry.label}: label is {label.shape[1]}x{label.shape[0]} pixels, "
+                f"its image {image.shape[1]}x{image.shape[0]}. Fetch the dataset again"
+            )
         return image, label
 
-    def _read_cached(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        """Map the decoded files into memory: only the pages that a crop touches are read."""
-        files = [f"{self._cache}/{path}.npy" for path in (entry.image, entry.label)]
+    def _map_decoded(self, path: str) -> np.ndarray:
+        """Map a decoded file into memory: only the pages that a crop touches are read."""
+        file = f"{self._cache}/{path}.npy"
         try:
-            image, label = (np.load(file, mmap_mode="r").view(np.ndarray) for file in files)
+            return np.load(file, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError) as error:
-            raise MscsError(f"{files}: damaged ({error}). Remove {self._cache}") from error
-        return image, label
+            raise MscsError(f"{file}: damaged ({error}). Remove {self._cache}") from error
 
 
 def build_dataset(
@@ -117,11 +130,6 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def decode_image(data: bytes, path: Path) -> np.ndarray:
-    """Decode a colour image to uint8 (H, W, 3) RGB, as its pixels are stored (no rotation by EXIF)."""
-    return _decode(data, path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-
-
 def decode_label(data: bytes, path: Path) -> np.ndarray:
     """Decode a label file to the raw uint8 values (H, W) that it holds."""
     label = _decode(data, path, cv2.IMREAD_UNCHANGED)
@@ -131,9 +139,9 @@ def decode_label(data: bytes, path: Path) -> np.ndarray:
     return label
 
 
-def image_size(data: bytes, path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Return (width, height) from the header of an image; MscsError if it is none or claims too much."""
-    return _open(data, path).size
+    return _open(read_bytes(path), path).size
 
 
 def _open(data: bytes, path: Path) -> Image.Image:
@@ -156,14 +164,16 @@ def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
     # libjpeg fills what is missing of a cut-off file with grey and only warns.
     if header.format == "JPEG" and JPEG_END not in data[-JPEG_TRAILER:]:
         raise _broken(path)
-    image: np.ndarray | None
     try:
         if is_label and (header.mode == "P" or "transparency" in header.info):
             # OpenCV expands a palette to its colours; the class ids are the palette's indices.
             return np.asarray(header)
-        image = _fast_png(data, is_label) if header.format == "PNG" else None
-        if image is None:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        if imagecodecs and header.format == "PNG" and "transparency" not in header.info:
+            with contextlib.suppress(RuntimeError):  # OpenCV converts and judges what this does not read
+                fast = imagecodecs.png_decode(data)  # in about 0.6 of OpenCV's time
+                if fast.dtype == np.uint8 and fast.shape[2:] == (() if is_label else (3,)):
+                    return fast
+        image: np.ndarray | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except (cv2.error, OSError, ValueError, SyntaxError, MemoryError) as error:
         raise _broken(path) from error
     if image is None:
@@ -171,45 +181,15 @@ def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:
     return image
 
 
-def _fast_png(data: bytes, is_label: bool) -> np.ndarray | None:
-    """Decode with imagecodecs, if that is installed: it takes about 0.6 of OpenCV's time.
-
-    None for what OpenCV must convert or judge: other depths, palettes, transparent pixels, broken files.
-    """
-    if imagecodecs is None:
-        return None
-    try:
-        image: np.ndarray = imagecodecs.png_decode(data)
-    except imagecodecs.PngError:
-        return None
-    plain = image.ndim == 2 if is_label else image.shape[2:] == (3,)
-    return image if plain and image.dtype == np.uint8 else None
-
-
-def check_sizes(image: np.ndarray, label: np.ndarray, path: Path) -> None:
-    """Raise MscsError unless image and label have the same height and width."""
-    if image.shape[:2] != label.shape:
-        raise MscsError(
-            f"{path}: label is {label.shape[1]}x{label.shape[0]} pixels, "
-            f"its image {image.shape[1]}x{image.shape[0]}. Fetch the dataset again"
-        )
-
-
 def open_cache(root: Path) -> Path | None:
     """Return the folder of decoded images if `mscs data prepare --cache` made one for the files in `root`."""
-    index = root / CACHE / "index.json"
-    if not index.is_file():
+    made_from = [path.name for path in (root / CACHE).glob("[!.]*")]
+    if not made_from:
         return None
-    made_from, now = text_in(index, "manifest"), text_in(root / MANIFEST, "digest")
-    if not now or made_from != now:
+    digest = str(read_mapping(root / MANIFEST).get("digest"))
+    if digest not in made_from:
         raise UsageError(
-            f"{index.parent}: decoded from other files ({made_from[:12]}) than {root / MANIFEST} lists "
-            f"({now[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
+            f"{root / CACHE}: decoded from other files ({made_from[0][:12]}) than {root / MANIFEST} lists "
+            f"({digest[:12]}). Remove that folder, or build it again with `mscs data prepare --cache`"
         )
-    return index.parent
-
-
-def text_in(path: Path, key: str) -> str:
-    """Return one text of a JSON file; an empty one if the file is damaged."""
-    found = read_json(path)
-    return str(found.get(key, "")) if isinstance(found, dict) else ""
+    return root / CACHE / digest

@@ -12,18 +12,7 @@ whether they did. Sample id: `Video<N>_frame<FFFFFF>`.
 
 from pathlib import Path
 
-from mscs.datasets.spec import (
-    Index,
-    LabelSet,
-    Part,
-    Spec,
-    Toy,
-    build_index,
-    names_in,
-    require_folder,
-    split_names,
-    voc_palette,
-)
+from mscs.datasets import spec
 
 SPLITS = {"train": 3550, "val": 534, "test": 586}
 VIDEOS = {
@@ -31,16 +20,7 @@ VIDEOS = {
     "val": (5, 7, 16),
     "test": (2, 12, 22),
 }
-# The classes by raw value, 0..35
-RAW_CLASSES = split_names("""
-Pupil, Surgical Tape, Hand, Eye Retractors, Iris, Skin, Cornea, Hydrodissection Cannula, Viscoelastic
-Cannula, Capsulorhexis Cystotome, Rycroft Cannula, Bonn Forceps, Primary Knife, Phacoemulsifier Handpiece,
-Lens Injector, I/A Handpiece, Secondary Knife, Micromanipulator, I/A Handpiece Handle, Capsulorhexis
-Forceps, Rycroft Cannula Handle, Phacoemulsifier Handpiece Handle, Capsulorhexis Cystotome Handle, Secondary
-Knife Handle, Lens Injector Handle, Suture Needle, Needle Holder, Charleux Cannula, Primary Knife Handle,
-Vitrectomy Handpiece, Mendez Ring, Marker, Hydrodissection Cannula Handle, Troutman Forceps, Cotton, Iris
-Hooks
-""")
+RAW_VALUES = range(36)
 ANATOMY = "Pupil, Surgical Tape, Hand, Eye Retractors, Iris, Skin, Cornea"  # raw values 0..6, in every task
 # Per task: names of the other classes, and the raw values of each
 INSTRUMENTS = {
@@ -85,19 +65,19 @@ BLACKLIST = {
 }
 
 
-def _labels(task: int) -> LabelSet:
+def _labels(task: int) -> spec.LabelSet:
     names, values = INSTRUMENTS[task]
-    classes = split_names(f"{ANATOMY}, {names}")
+    classes = spec.split_names(f"{ANATOMY}, {names}")
     grouped = [tuple(map(int, group.split())) for group in values.split(",")]
     raw_ids = (*((value,) for value in range(7)), *grouped)
     used = {value for raw in raw_ids for value in raw}
-    return LabelSet(
+    return spec.LabelSet(
         dataset="cadis",
         task=task,
         classes=classes,
         raw_ids=raw_ids,
-        ignored_raw_ids=tuple(value for value in range(len(RAW_CLASSES)) if value not in used),
-        colors=voc_palette(len(classes)),
+        ignored_raw_ids=tuple(value for value in RAW_VALUES if value not in used),
+        colors=spec.voc_palette(len(classes)),
     )
 
 
@@ -106,19 +86,19 @@ def blacklist() -> frozenset[str]:
     return frozenset(f"Video{v}_frame{f}" for v, frames in BLACKLIST.items() for f in frames.split())
 
 
-def index(labels: LabelSet, split: str, root: Path, *, exclude_blacklisted: bool = False) -> Index:
+def index(labels: spec.LabelSet, split: str, root: Path, *, exclude_blacklisted: bool = False) -> spec.Index:
     """List a split."""
-    require_folder("cadis", root)
+    spec.require_folder("cadis", root)
     folders = [f"Video{video:02d}" for video in VIDEOS[split]]
     folders = [folder for folder in folders if (root / folder).is_dir()] or folders
     excluded = blacklist() if exclude_blacklisted else frozenset()
-    return build_index(
+    return spec.build_index(
         labels,
         root,
         (
             (name, f"{folder}/Images/{name}.png", f"{folder}/Labels/{name}.png")
             for folder in folders
-            for name in names_in(require_folder("cadis", root / folder / "Images"), ".png")
+            for name in spec.names_in(spec.require_folder("cadis", root / folder / "Images"), ".png")
             if name not in excluded
         ),
     )
@@ -147,13 +127,13 @@ def _toy_paths(split: str, index: int) -> tuple[str, str]:
     return f"Video{video:02d}/Images/{stem}", f"Video{video:02d}/Labels/{stem}"
 
 
-SPEC = Spec(
+SPEC = spec.Spec(
     name="cadis",
     label_sets=tuple(_labels(task) for task in INSTRUMENTS),
     splits=SPLITS,
     index=index,
     parts=(
-        Part(
+        spec.Part(
             "Video[0-9][0-9]",
             {f"Video[0-9][0-9]/{kind}/*.png": sum(SPLITS.values()) for kind in ("Images", "Labels")},
         ),
@@ -161,5 +141,5 @@ SPEC = Spec(
     home="https://cataracts-semantic-segmentation2020.grand-challenge.org",
     licence="terms of the challenge, registration needed",
     tolerance=1.0,
-    toy=Toy(size=(135, 240), paths=_toy_paths, things=SCENE),
+    toy=spec.Toy(size=(135, 240), paths=_toy_paths, things=SCENE),
 )

@@ -12,17 +12,7 @@ Sample id: `<city>_<seq>_<frame>`.
 import dataclasses
 from pathlib import Path
 
-from mscs.datasets.spec import (
-    IGNORE_INDEX,
-    Index,
-    LabelSet,
-    Part,
-    Spec,
-    Toy,
-    build_index,
-    names_in,
-    require_folder,
-)
+from mscs.datasets import spec
 
 IMAGE_SUFFIX = "_leftImg8bit.png"
 RAW_SUFFIX = "_gtFine_labelIds.png"
@@ -52,9 +42,9 @@ CLASSES = """
 """
 
 
-def _labels() -> LabelSet:
+def _labels() -> spec.LabelSet:
     rows = [line.split(maxsplit=5) for line in CLASSES.strip().splitlines()]
-    return LabelSet(
+    return spec.LabelSet(
         dataset="cityscapes",
         classes=tuple(row[5] for row in rows),
         raw_ids=tuple((int(row[0]),) for row in rows),
@@ -64,32 +54,32 @@ def _labels() -> LabelSet:
     )
 
 
-def index(labels: LabelSet, split: str, root: Path) -> Index:
+def index(labels: spec.LabelSet, split: str, root: Path) -> spec.Index:
     """List a split."""
     images, annotations = f"leftImg8bit/{split}", f"gtFine/{split}"
     for folder in (images, annotations):
-        require_folder("cityscapes", root / folder)
+        spec.require_folder("cityscapes", root / folder)
     suffix = RAW_SUFFIX
     if not any((root / annotations).glob(f"*/*{RAW_SUFFIX}")):
         suffix = TRAIN_ID_SUFFIX
         same = tuple((value,) for value in range(labels.num_classes))
-        labels = dataclasses.replace(labels, raw_ids=same, ignored_raw_ids=(IGNORE_INDEX,))
+        labels = dataclasses.replace(labels, raw_ids=same, ignored_raw_ids=(spec.IGNORE_INDEX,))
     cities = sorted(folder.name for folder in (root / images).iterdir() if folder.is_dir())
-    return build_index(
+    return spec.build_index(
         labels,
         root,
         (
             (name, f"{images}/{city}/{name}{IMAGE_SUFFIX}", f"{annotations}/{city}/{name}{suffix}")
             for city in cities
-            for name in names_in(root / images / city, IMAGE_SUFFIX)
+            for name in spec.names_in(root / images / city, IMAGE_SUFFIX)
         ),
     )
 
 
-def _part(folder: str, names: str) -> Part:
+def _part(folder: str, names: str) -> spec.Part:
     # Nothing is scored on the test split, so a copy without it is complete.
     files = {f"{folder}/{split}/*/{names}": SPLITS[split] for split in ("train", "val")}
-    return Part(folder, files, package=f"{folder}_trainvaltest.zip")
+    return spec.Part(folder, files, package=f"{folder}_trainvaltest.zip")
 
 
 # What the generated stand-in shows, see `Toy.things`
@@ -113,7 +103,7 @@ def _toy_paths(split: str, index: int) -> tuple[str, str]:
     return f"leftImg8bit/{stem}{IMAGE_SUFFIX}", f"gtFine/{stem}{RAW_SUFFIX}"
 
 
-SPEC = Spec(
+SPEC = spec.Spec(
     name="cityscapes",
     label_sets=(_labels(),),
     splits=SPLITS,
@@ -122,5 +112,5 @@ SPEC = Spec(
     home="https://www.cityscapes-dataset.com",
     licence="own licence, non-commercial, account needed",
     tolerance=0.6,
-    toy=Toy(size=(128, 256), paths=_toy_paths, things=SCENE),
+    toy=spec.Toy(size=(128, 256), paths=_toy_paths, things=SCENE),
 )

@@ -2,14 +2,16 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mscs.command_line import Handler, add_command
+from mscs.command_line import add_command
 from mscs.datasets.registry import DATASETS, dataset_spec
-from mscs.datasets.spec import default_root
+from mscs.datasets.spec import Spec, default_root
 from mscs.errors import UsageError
+
+DataHandler = Callable[[argparse.Namespace, Spec, Path], None]
 
 
 def add_data_commands(subparsers: Any) -> None:
@@ -19,31 +21,25 @@ def add_data_commands(subparsers: Any) -> None:
     commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     fetch = _command(commands, "fetch", "download a dataset, or take it from a folder or archive", _fetch)
-    fetch.add_argument(
-        "--from", dest="given", type=Path, metavar="PATH", help="archive, or folder (linked) to use"
-    )
-    fetch.add_argument(
-        "--keep-archives", action="store_true", help="keep downloaded archives after unpacking"
-    )
+    fetch.add_argument("--from", dest="given", type=Path, metavar="PATH", help="archive, or folder (linked)")
 
     synth = _command(commands, "synth", "draw generated scenes in the dataset's layout", _synth)
-    synth.add_argument("--seed", type=int, default=0, help="seed of the scenes (default: %(default)s)")
-    synth.add_argument("--train", type=int, default=64, help="training images (default: %(default)s)")
-    synth.add_argument("--val", type=int, default=16, help="validation images (default: %(default)s)")
-    synth.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the dataset's)"
-    )
+    for name, default, what in (
+        ("--seed", 0, "seed of the scenes"),
+        ("--train", 64, "training images"),
+        ("--val", 16, "validation images"),
+    ):
+        synth.add_argument(name, type=int, default=default, help=f"{what} (default: %(default)s)")
+    size = "image size (default: the dataset's)"
+    synth.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=size)
 
-    prepare = _command(
-        commands, "prepare", "convert labels once; optionally decode images to a cache", _prepare
-    )
+    text = "convert labels once; optionally decode images to a cache"
+    prepare = _command(commands, "prepare", text, _prepare)
     prepare.add_argument("--cache", action="store_true", help="decode all images to uncompressed files")
     prepare.add_argument("--cache-dir", type=Path, help="where the cache goes (default: decoded in the root)")
     prepare.add_argument("--yes", action="store_true", help="do not ask before writing the cache")
 
-    verify = _command(commands, "verify", "decode and check every file, write the manifest", _verify)
-    verify.add_argument("--workers", type=int, help="threads (default: one per core)")
-
+    _command(commands, "verify", "decode and check every file, write the manifest", _verify)
     _command(commands, "info", "print classes, splits, licence and state of a dataset", _info)
 
     show = _command(commands, "show", "write a contact sheet of images and labels", _show)
@@ -53,8 +49,12 @@ def add_data_commands(subparsers: Any) -> None:
     show.add_argument("--out", type=Path, help="PNG file (default: DATASET-SPLIT.png)")
 
 
-def _command(commands: Any, name: str, text: str, handler: Handler) -> argparse.ArgumentParser:
-    parser = add_command(commands, name, handler, text)
+def _command(commands: Any, name: str, text: str, handler: DataHandler) -> argparse.ArgumentParser:
+    def handle(args: argparse.Namespace) -> None:
+        spec = dataset_spec(args.dataset)
+        handler(args, spec, args.root or default_root(spec.name))
+
+    parser = add_command(commands, name, handle, text)
     parser.add_argument("dataset", metavar="DATASET", help=", ".join(DATASETS))
     parser.add_argument(
         "--root", type=Path, help="the dataset's folder (default: $MSCS_DATA/DATASET or data/DATASET)"
@@ -62,88 +62,71 @@ def _command(commands: Any, name: str, text: str, handler: Handler) -> argparse.
     return parser
 
 
-def _root(args: argparse.Namespace) -> Path:
-    return args.root or default_root(dataset_spec(args.dataset).name)
-
-
-def _fetch(args: argparse.Namespace) -> int:
+def _fetch(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.fetch import fetch
 
-    root = _root(args)
-    added = fetch(args.dataset, root, given=args.given, keep_archives=args.keep_archives)
+    added = fetch(spec.name, root, given=args.given)
     print(f"{root}: {'added ' + ', '.join(added) if added else 'everything is there'}")
-    next_step = "prepare" if DATASETS[args.dataset].prepare else "verify"
-    print(f"Next: mscs data {next_step} {args.dataset}")
-    return 0
+    print(f"Next: mscs data {'prepare' if spec.prepare else 'verify'} {spec.name}")
 
 
-def _synth(args: argparse.Namespace) -> int:
+def _synth(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.toy import write_dataset
 
-    root = _root(args)
     size = tuple(args.size) if args.size else None
-    write_dataset(args.dataset, root, seed=args.seed, train=args.train, val=args.val, image_size=size)
+    write_dataset(spec.name, root, seed=args.seed, train=args.train, val=args.val, image_size=size)
     print(f"{root}: {args.train} training and {args.val} validation scenes, seed {args.seed}")
-    return 0
 
 
-def _prepare(args: argparse.Namespace) -> int:
-    root = _root(args)
-    if convert := DATASETS[args.dataset].prepare:
-        number = convert(root)
+def _prepare(args: argparse.Namespace, spec: Spec, root: Path) -> None:
+    if spec.prepare:
+        number = spec.prepare(root)
         print(f"{root}: {f'converted {number} label files' if number else 'labels are converted'}")
     elif not args.cache:
-        print(f"{args.dataset} needs no preparation; --cache decodes its images for faster reading")
+        print(f"{spec.name} needs no preparation; --cache decodes its images for faster reading")
     if args.cache:
         from mscs.datasets.prepare import build_cache, cache_bytes
 
-        print(f"decoded images and labels will take {cache_bytes(args.dataset, root) / 1e9:.1f} GB")
+        print(f"decoded images and labels will take {cache_bytes(spec.name, root) / 1e9:.1f} GB")
         if not args.yes and (not sys.stdin.isatty() or input("Write them? [y/N] ").strip().lower() != "y"):
             raise UsageError("nothing written; add --yes to write the cache")
-        print(f"{root}: {build_cache(args.dataset, root, args.cache_dir)} files in the cache")
-    return 0
+        print(f"{root}: {build_cache(spec.name, root, args.cache_dir)} files in the cache")
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(_args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.verify import verify
 
-    root = _root(args)
-    manifest = verify(args.dataset, root, workers=args.workers)
+    manifest = verify(spec.name, root)
     print(f"{root}: sound ({_counts(manifest['splits'])}), digest {manifest['digest']}")
-    return 0
 
 
 def _counts(splits: Mapping[str, int]) -> str:
     return ", ".join(f"{split} {count}" for split, count in splits.items())
 
 
-def _info(args: argparse.Namespace) -> int:
-    root, spec = _root(args), DATASETS[args.dataset]
+def _info(_args: argparse.Namespace, spec: Spec, root: Path) -> None:
     print(f"{spec.name}: {spec.home} ({spec.licence})")
     print(f"  images: {_counts(spec.splits)}")
     for labels in spec.label_sets:
         task = f"task {labels.task}, " if labels.task else ""
         print(f"  {task}{labels.num_classes} classes: {', '.join(labels.classes)}")
     if not root.is_dir():
-        print(f"  {root}: not there; `mscs data fetch {args.dataset}` or `mscs data synth {args.dataset}`")
+        print(f"  {root}: not there; `mscs data fetch {spec.name}` or `mscs data synth {spec.name}`")
     elif not (root / "manifest.json").is_file():
-        print(f"  {root}: not verified yet; `mscs data verify {args.dataset}`")
+        print(f"  {root}: not verified yet; `mscs data verify {spec.name}`")
     else:
         from mscs.datasets.verify import read_manifest
 
-        found = read_manifest(args.dataset, root)
+        found = read_manifest(spec.name, root)
         kind = "generated scenes" if found["generated"] else "verified"
         print(f"  {root}: {kind}, {_counts(found['splits'])}, digest {found['digest']}")
-        print(f"  cache of decoded images: {'yes' if (root / 'decoded/index.json').is_file() else 'no'}")
-    return 0
+        print(f"  cache of decoded images: {'yes' if any((root / 'decoded').glob('[!.]*')) else 'no'}")
 
 
-def _show(args: argparse.Namespace) -> int:
+def _show(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.base import build_dataset
     from mscs.datasets.show import write_contact_sheet
 
-    dataset = build_dataset(args.dataset, args.split, _root(args), args.task)
-    out = args.out or Path(f"{args.dataset}-{args.split}.png")
-    write_contact_sheet(dataset, args.n, out)
+    out = args.out or Path(f"{spec.name}-{args.split}.png")
+    write_contact_sheet(build_dataset(spec.name, args.split, root, args.task), args.n, out)
     print(out)
-    return 0

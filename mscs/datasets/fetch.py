@@ -9,15 +9,14 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from mscs.datasets.archive import BrokenArchive, extract
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED, Part, Spec
 from mscs.errors import MscsError, UsageError
-from mscs.results import file_sha256, read_json, write_json
+from mscs.results import file_sha256, read_mapping, write_json
 
 DOWNLOADS = ".downloads"
 STAGING = ".unpacking"
@@ -26,9 +25,7 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 WRAPPERS = ("", "*/", "*/*/")  # archives and folders may wrap the layout in that many more folders
 
 
-def fetch(
-    name: str, root: Path, *, given: Path | None = None, keep_archives: bool = False, progress: bool = True
-) -> list[str]:
+def fetch(name: str, root: Path, *, given: Path | None = None) -> list[str]:
     """Bring dataset `name` into `root` and return the names of the files and folders that were added.
 
     A second process that asks for the same root waits for the first.
@@ -38,8 +35,6 @@ def fetch(
         root: the dataset's root folder.
         given: a folder in the official layout (linked, not copied), an archive, or a folder of archives; None
             means download.
-        keep_archives: keep downloaded archives after unpacking.
-        progress: show bars on stderr.
 
     Raises:
         UsageError: nothing usable at `given`; the dataset cannot be downloaded without it.
@@ -59,18 +54,16 @@ def fetch(
         )
     added: list[str] = []
     with _alone(root):
-        missing = _missing(spec, root)
+        missing = _missing(spec, root)  # another process may have brought them
         if given is not None and missing:
-            added = _take_given(spec, root, missing, given.expanduser().resolve(), progress)
+            added = _take_given(spec, root, given.expanduser().resolve())
         for part in missing if given is None else ():
             if part.shortage(root):  # else an earlier archive has brought it
-                added += _download_part(spec, root, part, progress)
-        if not keep_archives:
-            for path in _archives(root / DOWNLOADS):
-                path.unlink()
-        for part in spec.parts:
-            if shortage := part.shortage(root):
-                raise UsageError(f"{name}: {given or root} has {shortage}. {_accepted(spec)}")
+                added += _download_part(spec, root, part)
+        for path in _archives(root / DOWNLOADS):
+            path.unlink()
+    for part in _missing(spec, root):
+        raise UsageError(f"{name}: {given or root} has {part.shortage(root)}. {_accepted(spec)}")
     return added
 
 
@@ -106,13 +99,13 @@ def _archives(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(ARCHIVES))
 
 
-def _take_given(spec: Spec, root: Path, parts: Sequence[Part], given: Path, progress: bool) -> list[str]:
-    if given.is_dir() and (found := _matches(given, parts)):
-        return _install(spec, root, found, Path.symlink_to)
+def _take_given(spec: Spec, root: Path, given: Path) -> list[str]:
+    if given.is_dir() and _matches(given, _missing(spec, root)):
+        return _install(spec, root, given, link=True)
     archives = _archives(given) if given.is_dir() else [given]
     if not archives:
         raise UsageError(f"{spec.name}: {given} holds no archive ({', '.join(ARCHIVES)}). {_accepted(spec)}")
-    return [name for archive in archives for name in _unpack(spec, root, archive, progress)]
+    return [name for archive in archives for name in _unpack(spec, root, archive)]
 
 
 def _matches(base: Path, parts: Sequence[Part]) -> list[Path]:
@@ -124,12 +117,15 @@ def _matches(base: Path, parts: Sequence[Part]) -> list[Path]:
     return sorted(found, key=lambda path: (-len(path.parts), path))  # what lies in another match goes first
 
 
-def _install(spec: Spec, root: Path, found: Sequence[Path], put: Callable[[Path, Path], Any]) -> list[str]:
-    """Bring complete parts to their places; `put(new, found)` makes `new` of what was found."""
-    ready = root / STAGING / "ready"
+def _install(spec: Spec, root: Path, source: Path, *, link: bool = False) -> list[str]:
+    """Move or link what `source` holds of the missing parts to their places, if it is complete."""
+    found, ready = _matches(source, _missing(spec, root)), root / STAGING / "ready"
     ready.mkdir(parents=True)
     for path in found:
-        put(ready / path.name, path)
+        if link:
+            (ready / path.name).symlink_to(path)
+        else:
+            path.rename(ready / path.name)
     for part in spec.parts:
         if any(ready.glob(part.pattern)) and (shortage := part.shortage(ready)):
             raise BrokenArchive(f"{spec.name}: not all of it is there, {shortage}. {_accepted(spec)}")
@@ -141,10 +137,10 @@ def _install(spec: Spec, root: Path, found: Sequence[Path], put: Callable[[Path,
         )
     for path in found:
         target = root / path.name
-        if target.is_symlink() or target.is_file():
-            target.unlink()
-        elif target.exists():
+        if target.is_dir() and not target.is_symlink():
             _put_aside(target)
+        else:
+            target.unlink(missing_ok=True)
         os.replace(ready / path.name, target)
     shutil.rmtree(root / STAGING)
     return [path.name for path in found]
@@ -161,26 +157,26 @@ def _put_aside(folder: Path) -> None:
     print(f"{folder} lacked files; what was in it is in {aside} now", file=sys.stderr)
 
 
-def _unpack(spec: Spec, root: Path, archive: Path, progress: bool) -> list[str]:
+def _unpack(spec: Spec, root: Path, archive: Path) -> list[str]:
     content = root / STAGING / "content"
-    extract(archive, content, progress=progress)
-    return _install(spec, root, _matches(content, spec.parts), lambda new, found: os.replace(found, new))
+    extract(archive, content)
+    return _install(spec, root, content)
 
 
-def _download_part(spec: Spec, root: Path, part: Part, progress: bool) -> list[str]:
+def _download_part(spec: Spec, root: Path, part: Part) -> list[str]:
     from mscs.datasets.download import cityscapes_package, download
 
     folder = root / DOWNLOADS
     if part.package:
-        return _unpack(spec, root, cityscapes_package(part.package, folder), progress)
-    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
-    if not isinstance(record, dict) or not all(str(x).startswith("sha256:") for x in record.values()):
+        return _unpack(spec, root, cityscapes_package(part, folder))
+    record = read_mapping(folder / RECORD) if (folder / RECORD).exists() else {}
+    if not all(str(x).startswith("sha256:") for x in record.values()):
         raise MscsError(f"{folder / RECORD} holds no table of checksums; remove it")
-    archive = download(part, folder, part.checksum or record.get(part.url), progress)
+    archive = download(part, folder, part.checksum or record.get(part.url))
     if archive.name == part.pattern:  # a list of names; what is in it is looked at when it is used
-        return _install(spec, root, [archive], lambda new, found: os.replace(found, new))
+        return _install(spec, root, archive)
     try:
-        added = _unpack(spec, root, archive, progress)
+        added = _unpack(spec, root, archive)
         if shortage := part.shortage(root):
             raise BrokenArchive(f"{part.url}: not what it should be, {shortage}")
     except BrokenArchive:

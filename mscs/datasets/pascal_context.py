@@ -40,7 +40,7 @@ def index(labels: LabelSet, split: str, root: Path) -> Index:
     """List a split."""
     path = require_folder("pascal_context", root / VOC / "ImageSets" / "Main") / f"{split}.txt"
     try:
-        lines = path.read_text().splitlines()
+        names = path.read_text().split()
     except (OSError, UnicodeDecodeError) as error:
         raise MscsError(
             f"{path}: cannot read this list of images ({error}). Fetch pascal_context again"
@@ -50,7 +50,6 @@ def index(labels: LabelSet, split: str, root: Path) -> Index:
             f"pascal_context: no folder {root / LABEL_FOLDER}, but the 459-class annotations are there. "
             f"Convert them once with `mscs data prepare pascal_context --root {root}`"
         )
-    names = [line.split()[0] for line in lines if line.strip()]
     samples = ((name, f"{VOC}/JPEGImages/{name}.jpg", f"{LABEL_FOLDER}/{name}.png") for name in names)
     return build_index(labels, root, samples)
 
@@ -64,12 +63,9 @@ def context_lookup(root: Path) -> "np.ndarray":
     import numpy as np
 
     classes = SPEC.labels().classes
-    places = (root / "labels.txt", root / MAT_FOLDER / "labels.txt")
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise MscsError(
-            f"{places[0]}: the list of the 459 class names is missing. Fetch pascal_context again"
-        )
+    path = root / "labels.txt"
+    if not path.is_file():
+        raise MscsError(f"{path}: the list of the 459 class names is missing. Fetch pascal_context again")
     found = re.findall(r"^\s*(\d+)\s*:\s*(.+?)\s*$", path.read_text(errors="replace"), flags=re.MULTILINE)
     numbers = {name: int(number) for number, name in found}
     missing = [name for name in classes if name not in numbers]
@@ -84,21 +80,21 @@ def context_lookup(root: Path) -> "np.ndarray":
     return table
 
 
-def convert_labels(root: Path, *, progress: bool = True) -> int:
+def convert_labels(root: Path) -> int:
     """Write SegmentationClassContext59 from the .mat files; return how many were converted.
 
     Interrupted, it goes on where it was; the folder appears when it is complete.
     """
     import cv2
-
-    from mscs.datasets.parallel import in_parallel
+    from tqdm.contrib.concurrent import thread_map
 
     target = root / LABEL_FOLDER
     if target.is_dir():
         return 0
-    if not (root / MAT_FOLDER).is_dir():
+    paths = sorted((root / MAT_FOLDER).glob("*.mat"))
+    if not paths:
         raise UsageError(
-            f"pascal_context: no folder {root / MAT_FOLDER}. Run `mscs data fetch pascal_context` first"
+            f"pascal_context: no .mat file in {root / MAT_FOLDER}. Run `mscs data fetch pascal_context` first"
         )
     try:
         from scipy.io import loadmat
@@ -119,11 +115,7 @@ def convert_labels(root: Path, *, progress: bool = True) -> int:
         with atomic_path(out) as temporary:
             temporary.write_bytes(cv2.imencode(".png", label)[1].tobytes())
 
-    paths = sorted((root / MAT_FOLDER).glob("*.mat"))
-    if not paths:
-        raise MscsError(f"{root / MAT_FOLDER}: holds no .mat file. Fetch pascal_context again")
-    for _ in in_parallel(convert, paths, "converting labels", workers=None, progress=progress):
-        pass
+    thread_map(convert, paths, desc="converting labels", disable=None)
     staging.rename(target)
     return len(paths)
 

@@ -1,4 +1,4 @@
-"""A contact sheet of a dataset: images, labels laid over them, legend and class histogram."""
+"""A contact sheet of a dataset: images, labels laid over them, the classes and their share of the pixels."""
 
 from pathlib import Path
 
@@ -6,14 +6,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mscs.datasets.base import Dataset
-from mscs.datasets.spec import IGNORE_INDEX
 from mscs.errors import UsageError
 from mscs.results import atomic_path
 
-TILE_WIDTH, LEGEND_WIDTH, ROW, GAP = 480, 300, 18, 8  # pixels
-MAX_LEGEND = 64  # beyond that many classes only those that occur are listed
+TILE_WIDTH, LEGEND_WIDTH, ROW, GAP = 480, 260, 18, 8  # pixels
 OPACITY = 0.6
-INK, PAPER, FAINT, IGNORED = (30, 30, 30), (255, 255, 255), (120, 120, 120), (0, 0, 0)
+INK, PAPER, IGNORED = (30, 30, 30), (255, 255, 255), (0, 0, 0)
 
 
 def contact_sheet(dataset: Dataset, number: int) -> np.ndarray:
@@ -27,13 +25,24 @@ def contact_sheet(dataset: Dataset, number: int) -> np.ndarray:
     for i in np.unique(np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int)):
         sample = dataset[int(i)]
         counts += np.bincount(sample.label.ravel(), minlength=256)
-        rows.append(_sample_row(sample.image, palette[sample.label], sample.id))
-    legend = _legend(dataset, counts, sum(row.height for row in rows))
-    height = max(legend.height, sum(row.height for row in rows))
-    sheet = Image.new("RGB", (rows[0].width + legend.width, height), PAPER)
-    sheet.paste(legend, (rows[0].width, 0))
-    for place, row in enumerate(rows):
-        sheet.paste(row, (0, sum(above.height for above in rows[:place])))
+        size = (TILE_WIDTH, round(sample.image.shape[0] * TILE_WIDTH / sample.image.shape[1]))
+        image = Image.fromarray(sample.image).resize(size)
+        painted = Image.fromarray(palette[sample.label]).resize(size, Image.Resampling.NEAREST)
+        rows.append((sample.id, image, Image.blend(image, painted, OPACITY)))
+    present = np.flatnonzero(counts)
+    height = max(sum(ROW + image.height for _, image, _ in rows), ROW * len(present))
+    sheet = Image.new("RGB", (2 * TILE_WIDTH + LEGEND_WIDTH, height), PAPER)
+    draw, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(12), 0
+    for name, image, overlay in rows:
+        draw.text((GAP, top), name, INK, font)
+        sheet.paste(image, (0, top + ROW))
+        sheet.paste(overlay, (TILE_WIDTH, top + ROW))
+        top += ROW + image.height
+    for place, value in enumerate(present):
+        x, y = 2 * TILE_WIDTH + GAP, place * ROW
+        name = dataset.classes[value] if value < dataset.num_classes else "ignored"
+        draw.rectangle((x, y + 2, x + 14, y + 14), fill=tuple(palette[value].tolist()), outline=INK)
+        draw.text((x + 20, y), f"{100 * counts[value] / counts.sum():4.1f}%  {name}", INK, font)
     return np.asarray(sheet)
 
 
@@ -42,39 +51,3 @@ def write_contact_sheet(dataset: Dataset, number: int, path: Path) -> None:
     sheet = contact_sheet(dataset, number)
     with atomic_path(path) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG")
-
-
-def _sample_row(pixels: np.ndarray, painted: np.ndarray, name: str) -> Image.Image:
-    """Return image and overlay side by side, with the sample's id above."""
-    size = (TILE_WIDTH, round(pixels.shape[0] * TILE_WIDTH / pixels.shape[1]))
-    image = Image.fromarray(pixels).resize(size)
-    overlay = Image.blend(image, Image.fromarray(painted).resize(size, Image.Resampling.NEAREST), OPACITY)
-    row = Image.new("RGB", (2 * TILE_WIDTH + 3 * GAP, size[1] + ROW + 2 * GAP), PAPER)
-    row.paste(image, (GAP, ROW + GAP))
-    row.paste(overlay, (TILE_WIDTH + 2 * GAP, ROW + GAP))
-    ImageDraw.Draw(row).text((GAP, GAP), name, INK, ImageFont.load_default(13))
-    return row
-
-
-def _legend(dataset: Dataset, counts: np.ndarray, height: int) -> Image.Image:
-    """Return the classes with colours and their share of the pixels shown, in as many columns as needed."""
-    ids = [*range(dataset.num_classes), IGNORE_INDEX]
-    shares = counts[ids] / counts.sum()
-    names, colors = (*dataset.classes, "ignored"), [*map(tuple, dataset.colors.tolist()), IGNORED]
-    rows = [row for row in range(len(ids)) if len(ids) <= MAX_LEGEND or shares[row]]
-    which = "share of the pixels shown" if len(rows) == len(ids) else "the classes in these samples"
-    per_column = max(12, height // ROW - 3)
-    columns = -(-len(rows) // per_column)
-    canvas = Image.new("RGB", (columns * LEGEND_WIDTH, (min(per_column, len(rows)) + 3) * ROW), PAPER)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    draw.text((GAP, 0), f"{dataset.name} {dataset.split}: {len(dataset)} images", INK, font)
-    draw.text((GAP, ROW), which, INK, font)
-    for place, row in enumerate(rows):
-        x, y = place // per_column * LEGEND_WIDTH + GAP, (place % per_column + 2) * ROW + GAP
-        share = shares[row]
-        draw.rectangle((x, y + 2, x + 14, y + 14), fill=colors[row], outline=FAINT)
-        draw.text((x + 20, y), names[row][:22], INK if share else FAINT, font)
-        if share:
-            draw.rectangle((x + 160, y + 4, x + 161 + 80 * share / shares.max(), y + 12), fill=colors[row])
-            draw.text((x + 246, y), f"{100 * share:.1f}%", INK, font)
-    return canvas

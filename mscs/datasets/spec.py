@@ -3,11 +3,12 @@
 Every dataset states its facts in a `Spec` in a file of its own; `mscs.datasets.registry` lists them.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mscs.errors import MscsError, UsageError, unknown_name
 from mscs.results import file_sha256, inside
@@ -21,14 +22,10 @@ Color = tuple[int, int, int]
 def voc_palette(num_colors: int) -> tuple[Color, ...]:
     """Return colours 1..num_colors of the Pascal VOC rule: bit i of each byte comes from bit 3i+channel."""
 
-    def color(index: int) -> Color:
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        return rgb[0], rgb[1], rgb[2]
+    def byte(index: int, channel: int) -> int:
+        return sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8))
 
-    return tuple(color(index) for index in range(1, num_colors + 1))
+    return tuple((byte(i, 0), byte(i, 1), byte(i, 2)) for i in range(1, num_colors + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +80,7 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(" ".join(name.split()) for name in text.split(","))
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where one sample lies, relative to the dataset's root folder."""
 
     id: str
@@ -92,8 +88,7 @@ class Entry:
     label: str
 
 
-@dataclass(frozen=True)
-class Index:
+class Index(NamedTuple):
     """The samples of one split, and what the values in its label files mean."""
 
     entries: list[Entry]
@@ -171,18 +166,11 @@ class Spec:
     toy: Toy | None = None
     """How the generated stand-in is drawn; None where there is none."""
 
-    @property
-    def tasks(self) -> tuple[int | None, ...]:
-        """Accepted tasks; (None,) for a dataset without tasks."""
-        return tuple(labels.task for labels in self.label_sets)
-
     def labels(self, task: int | None = None) -> LabelSet:
         """Return the label table of a task, None meaning the default; UsageError for an unknown one."""
         for labels in reversed(self.label_sets):
-            if task is None or labels.task == task:
+            if task in (None, labels.task):
                 return labels
-        if self.tasks == (None,):
-            raise UsageError(f"{self.name} has no tasks, found task={task!r}. Accepted: None")
         accepted = ", ".join(f"{labels.task} ({labels.num_classes} classes)" for labels in self.label_sets)
         raise UsageError(f"{self.name} has no task {task!r}. Accepted: {accepted}")
 
@@ -249,19 +237,17 @@ def build_index(labels: LabelSet, root: Path, samples: Iterable[tuple[str, str, 
         UsageError: no such folder.
         MscsError: no sample, a label file is missing, or a name would lead out of its folder.
     """
-    existing: dict[str, set[str]] = {}
-    entries = []
-    for name, image, label in samples:
-        for path in (name, image, label):
+    names = functools.cache(lambda folder: set(os.listdir(require_folder(labels.dataset, root / folder))))
+    entries = [Entry(*sample) for sample in samples]
+    for entry in entries:
+        for path in entry:
             inside(root, path)
-        folder, file = os.path.split(label)
-        if folder not in existing:
-            existing[folder] = set(os.listdir(require_folder(labels.dataset, root / folder)))
-        if file not in existing[folder]:
+        folder, file = os.path.split(entry.label)
+        if file not in names(folder):
             raise MscsError(
-                f"{root / image} has no label: {root / label} is missing. Fetch {labels.dataset} again"
+                f"{root / entry.image} has no label: {root / entry.label} is missing. "
+                f"Fetch {labels.dataset} again"
             )
-        entries.append(Entry(name, image, label))
     if len({entry.id for entry in entries}) < len(entries):
         raise MscsError(f"{labels.dataset}: samples under {root} are listed twice. Fetch the dataset again")
     if not entries:

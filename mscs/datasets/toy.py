@@ -15,13 +15,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mscs.datasets.registry import dataset_spec
@@ -36,7 +35,7 @@ CONTRAST = 0.5  # of textures, relative to the colour
 PERIOD = 1 / 9  # of textures, in picture heights
 SUBPIXEL_BITS = 4
 
-Array = NDArray[Any]
+Array = np.ndarray
 
 TURNS = 2 * np.pi * np.arange(24) / 24
 PRIMITIVES: dict[str, Array] = {  # in a box from (0, 0), lower left, to (1, 1)
@@ -61,16 +60,16 @@ SHAPES = {  # primitives, each with its box: left low right high
 }
 
 
+def _noise(x: Array, y: Array, rng: np.random.Generator) -> Array:
+    return rng.normal(size=(int(2 * y.max()) + 2, int(2 * x.max()) + 2))
+
+
 TEXTURES: dict[str, Callable[[Array, Array, np.random.Generator], Array]] = {  # of positions in periods
     "plain": lambda x, y, rng: np.zeros_like(x),
     "rows": lambda x, y, rng: np.sign(np.sin(2 * np.pi * y)),
     "columns": lambda x, y, rng: np.sign(np.sin(2 * np.pi * x)),
     "checks": lambda x, y, rng: np.sign(np.sin(2 * np.pi * x) * np.sin(2 * np.pi * y)),
-    "blobs": lambda x, y, rng: np.sign(
-        cv2.resize(
-            rng.normal(size=(int(2 * y.max()) + 2, int(2 * x.max()) + 2)), x.shape[::-1], None, 0, 0, 2
-        )
-    ),
+    "blobs": lambda x, y, rng: np.sign(cv2.resize(_noise(x, y, rng), x.shape[::-1], None, 0, 0, 2)),
 }
 COLORS = {  # lowest and highest hue (0-180, and round again), saturation and value (0-255)
     "grey": ((0, 0, 80), (180, 30, 140)),
@@ -82,21 +81,11 @@ COLORS = {  # lowest and highest hue (0-180, and round again), saturation and va
 }
 
 
-def toy_of(name: str) -> tuple[Toy, LabelSet]:
-    """Return how a dataset is generated and the labels that it shows; UsageError where nothing says it."""
-    spec = dataset_spec(name)
-    if spec.toy is None:
-        raise UsageError(f"{name} has no generated stand-in; use the real dataset (data_source: real)")
-    return spec.toy, spec.labels()
-
-
 def render(
-    name: str, split: str, index: int, *, seed: int = 0, image_size: tuple[int, int] | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    toy: Toy, labels: LabelSet, largest: Sequence[int], rng: np.random.Generator
+) -> tuple[Array, Array]:
     """Draw one picture: image uint8 (H, W, 3) RGB and raw label values uint8 (H, W)."""
-    toy, labels = toy_of(name)
-    rng = numpy_generator(seed, "toy", name, split, index)
-    height, width = (np.array(image_size or toy.size) * rng.uniform(toy.smallest, 1, size=2)).astype(int)
+    height, width = (np.array(largest) * rng.uniform(toy.smallest, 1, size=2)).astype(int)
     image, label = np.zeros((height, width, 3)), np.zeros((height, width), np.uint8)
     for (count, *place), parts in things(toy.things):
         for _ in range(rng.integers(int(count[0]), int(count[1]), endpoint=True)):
@@ -127,9 +116,7 @@ def things(table: str) -> list[tuple[Array, list[tuple[str, str, str, Array]]]]:
     return found
 
 
-def _mask(
-    shape: str, box: Array, axes: Array, foot: tuple[float, float], size: tuple[int, ...]
-) -> NDArray[np.bool_]:
+def _mask(shape: str, box: Array, axes: Array, foot: tuple[float, float], size: tuple[int, ...]) -> Array:
     """Return which pixels of a picture of `size` a shape covers that fills `box` of its thing."""
     mask = np.zeros(size, np.uint8)
     for primitive in SHAPES[shape].split(","):
@@ -152,7 +139,7 @@ def _surface(color: Array, texture: str, shape: tuple[int, ...], rng: np.random.
     return color * (1 + CONTRAST * TEXTURES[texture](x, y, rng)[..., None])
 
 
-def _lit(image: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
+def _lit(image: Array, rng: np.random.Generator) -> Array:
     """Return the picture under a light of random strength, tint and slope, with the noise of a sensor."""
     slope = np.linspace(-1, 1, image.shape[1])[:, None] * rng.uniform(-0.1, 0.1)
     light = rng.uniform(0.8, 1.2) * rng.uniform(0.95, 1.05, 3) * (1 + slope)
@@ -167,7 +154,6 @@ def write_dataset(
     train: int,
     val: int,
     image_size: tuple[int, int] | None = None,
-    progress: bool = True,
 ) -> None:
     """Write a generated dataset into the folder `root`; a finished tree with the same arguments is kept.
 
@@ -180,14 +166,16 @@ def write_dataset(
         train: number of training images.
         val: number of validation images.
         image_size: (H, W), each at least 32; None means the dataset's default (`Toy.size`).
-        progress: show a progress bar where stderr is a terminal.
 
     Raises:
         UsageError: unknown dataset, impossible number or size, or `root` holds what was not generated.
         MscsError: a file cannot be written.
     """
-    size = tuple(image_size or toy_of(name)[0].size)
-    if train < 1 or val < 1 or len(size) != 2 or min(size) < 32:
+    spec = dataset_spec(name)
+    if spec.toy is None:
+        raise UsageError(f"{name} has no generated stand-in; use the real dataset (data_source: real)")
+    size = image_size or spec.toy.size
+    if train < 1 or val < 1 or min(size) < 32:
         raise UsageError(
             f"cannot generate {train} + {val} images of {size} pixels. Accepted: at least 1 image per split, "
             "(height, width) of at least 32 pixels each"
@@ -199,51 +187,45 @@ def write_dataset(
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         if not _is_made(root, made):
-            _replace_tree(root, made, progress)
+            _replace_tree(root, spec.toy, spec.labels(), made)
     finally:
         os.close(folder)
 
 
-def _is_made(root: Path, made: dict[str, object]) -> bool:
+def _is_made(root: Path, made: dict[str, Any]) -> bool:
     """Return whether `root` holds just this tree; what was not generated is left alone, with UsageError."""
-    marker = root / MARKER
-    if root.exists() and not root.is_dir():
-        raise UsageError(f"{root} is a file; name a folder for the dataset")
-    if root.exists() and not marker.is_file() and any(root.iterdir()):
+    if (root / MARKER).is_file():
+        return json.loads((root / MARKER).read_text()) == made
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UsageError(
-            f"{root} is not empty and was not generated (no {MARKER}), so it is left alone. "
+            f"{root} was not generated (it holds no {MARKER}), so it is left alone. "
             "Name another folder, or remove this one"
         )
-    return marker.is_file() and json.loads(marker.read_text()) == made
+    return False
 
 
-def _replace_tree(root: Path, made: dict[str, Any], progress: bool) -> None:
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
-        _write_tree(work, made, progress)
-        (work / MARKER).write_text(json.dumps(made, indent=2) + "\n")
-        work.chmod(0o755)
+def _replace_tree(root: Path, toy: Toy, labels: LabelSet, made: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as work:
+        drawn, name = Path(work, root.name), made["dataset"]
+        jobs = [(split, index) for split in SPLITS for index in range(made[split])]
+        for split, index in tqdm(jobs, f"draw {name}", unit="image", disable=None):
+            rng = numpy_generator(made["seed"], "toy", name, split, index)
+            picture, label = render(toy, labels, made["image_size"], rng)
+            image_file, label_file = (drawn / file for file in toy.paths(split, index))
+            _write(image_file, np.ascontiguousarray(picture[..., ::-1]))
+            _write(label_file, label)
+            if toy.list_of is not None:
+                names = drawn / toy.list_of(split)
+                names.parent.mkdir(parents=True, exist_ok=True)
+                with names.open("a") as file:
+                    file.write(f"{label_file.stem}\n")
+        (drawn / MARKER).write_text(json.dumps(made, indent=2) + "\n")
         if root.exists():
             shutil.rmtree(root)
-        work.rename(root)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        drawn.rename(root)
 
 
-def _write_tree(root: Path, made: dict[str, Any], progress: bool) -> None:
-    toy, _ = toy_of(made["dataset"])
-    name, jobs = made["dataset"], [(split, index) for split in SPLITS for index in range(made[split])]
-    for split, index in tqdm(jobs, desc=f"draw {name}", unit="image", disable=None if progress else True):
-        picture, label = render(name, split, index, seed=made["seed"], image_size=tuple(made["image_size"]))
-        for file, pixels in zip(toy.paths(split, index), (picture[..., ::-1], label), strict=True):
-            path = root / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not cv2.imwrite(str(path), np.ascontiguousarray(pixels)):
-                raise MscsError(f"{path}: cannot be written. Check free space and permissions")
-    for split in SPLITS:
-        if toy.list_of is None:
-            continue
-        names = [Path(toy.paths(split, index)[1]).stem for index in range(made[split])]
-        path = root / toy.list_of(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{stem}\n" for stem in names))
+def _write(path: Path, pixels: Array) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), pixels):
+        raise MscsError(f"{path}: cannot be written. Check free space and permissions")

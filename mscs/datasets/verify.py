@@ -6,38 +6,28 @@ result, and in the pipeline the manifest is what stages depend on, never the ima
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from tqdm.contrib.concurrent import thread_map
 
-from mscs.datasets.base import (
-    MANIFEST,
-    Dataset,
-    build_dataset,
-    check_sizes,
-    decode_image,
-    decode_label,
-    read_bytes,
-)
-from mscs.datasets.parallel import in_parallel
+from mscs.datasets.base import MANIFEST, Dataset, build_dataset
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED, Entry
 from mscs.errors import MscsError, UsageError
-from mscs.results import read_json, write_json
+from mscs.results import read_json, read_mapping, write_json
 
 SHOWN_PROBLEMS = 20
 
 
-def verify(name: str, root: Path, *, workers: int | None = None, progress: bool = True) -> dict[str, Any]:
+def verify(name: str, root: Path) -> dict[str, Any]:
     """Check counts, decode every image and label, compare sizes, look for unknown label values.
 
     Args:
         name: one of `DATASETS`.
         root: the dataset's root folder; `manifest.json` is written into it if the folder can be written to.
-        workers: threads; None means one per core.
-        progress: show a bar on stderr.
 
     Returns:
         The manifest: dataset, generated (bool), splits (name to count), digest, files ("<sha256> <size>
@@ -45,13 +35,13 @@ def verify(name: str, root: Path, *, workers: int | None = None, progress: bool 
 
     Raises:
         UsageError: unknown dataset, or nothing of it in `root`.
-        MscsError: something is wrong with it; every problem is named, up to `SHOWN_PROBLEMS`.
+        MscsError: something is wrong with it; problems are named, one per sample, up to `SHOWN_PROBLEMS`.
     """
-    marker = root / GENERATED
-    generated = read_json(marker) if marker.is_file() else None
-    expected = dataset_spec(name).splits
+    marker, expected = root / GENERATED, dataset_spec(name).splits
+    generated = marker.is_file()
     if generated:
-        expected = {split: generated[split] for split in expected if split in generated}
+        made = read_mapping(marker)
+        expected = {split: made[split] for split in expected if split in made}
     datasets: list[Dataset] = []
     problems: list[str] = []
     for split, count in expected.items():
@@ -63,11 +53,10 @@ def verify(name: str, root: Path, *, workers: int | None = None, progress: bool 
             problems.append(f"split {split}: {error}")
     if not datasets:
         raise UsageError("\n  ".join([f"{name}: no split can be read", *problems]))
-    entries = [(dataset, entry) for dataset in datasets for entry in dataset.entries]
-    files: dict[str, str] = {}
-    for lines, found in in_parallel(_check, entries, f"verifying {name}", workers=workers, progress=progress):
-        files |= lines
-        problems += found
+    samples = [(dataset, entry) for dataset in datasets for entry in dataset.entries]
+    checked = thread_map(_check, *zip(*samples, strict=True), desc=f"verifying {name}", disable=None)
+    problems += [found for found in checked if isinstance(found, str)]
+    files = {path: line for found in checked if isinstance(found, dict) for path, line in found.items()}
     if not generated:
         changed = (path for path in dataset_spec(name).changed_files(root) if path in files)
         problems += [f"{root / path}: not the official file (SHA-256)" for path in changed]
@@ -78,7 +67,7 @@ def verify(name: str, root: Path, *, workers: int | None = None, progress: bool 
     listing = [files[path] for path in sorted(files)]
     manifest = {
         "dataset": name,
-        "generated": generated is not None,
+        "generated": generated,
         "splits": {dataset.split: len(dataset) for dataset in datasets},
         "digest": _digest(listing),
         "files": listing,
@@ -88,28 +77,20 @@ def verify(name: str, root: Path, *, workers: int | None = None, progress: bool 
     return manifest
 
 
-def _check(item: tuple[Dataset, Entry]) -> tuple[dict[str, str], list[str]]:
-    """Return the manifest lines of a sample's files by path, and what is wrong with them."""
-    dataset, entry = item
-    lines, decoded, problems = {}, [], []
-    for path, decode in ((entry.image, decode_image), (entry.label, decode_label)):
-        try:
-            data = read_bytes(dataset.root / path)
-            lines[path] = f"{hashlib.sha256(data).hexdigest()} {len(data)} {path}"
-            decoded.append(decode(data, dataset.root / path))
-        except MscsError as error:
-            problems.append(str(error))
-    if len(decoded) == 2:
-        image, label = decoded
-        try:
-            check_sizes(image, label, dataset.root / entry.label)
-        except MscsError as error:
-            problems.append(str(error))
-        counts = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel()
-        unknown = sorted({*np.flatnonzero(counts).tolist()} - dataset.known_raw_values)
-        if unknown:
-            problems.append(f"{dataset.root / entry.label}: unknown label values {unknown}")
-    return lines, problems
+def _check(dataset: Dataset, entry: Entry) -> dict[str, str] | str:
+    """Return the manifest lines of a sample's files by path, or what is wrong with them."""
+    try:
+        files = dataset.read_files(entry)
+        _, label = dataset.decode(entry, *files)
+    except MscsError as error:
+        return str(error)
+    unknown = {*np.flatnonzero(np.bincount(label.ravel())).tolist()} - dataset.known_raw_values
+    if unknown:
+        return f"{dataset.root / entry.label}: unknown label values {sorted(unknown)}"
+    return {
+        path: f"{hashlib.sha256(data).hexdigest()} {len(data)} {path}"
+        for path, data in zip((entry.image, entry.label), files, strict=True)
+    }
 
 
 def read_manifest(name: str, root: Path) -> dict[str, Any]:
@@ -122,12 +103,20 @@ def read_manifest(name: str, root: Path) -> dict[str, Any]:
     try:
         sound = found["dataset"] == name and found["digest"] == _digest(found["files"])
         sound = sound and bool(found["splits"]) and found["generated"] in (True, False)
-        sound = sound and all(int(line.split(" ", 2)[1]) and line.split(" ", 2)[2] for line in found["files"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (KeyError, TypeError):
         sound = False
     if not sound:
         raise MscsError(f"{path}: damaged, or of another dataset than {name}. {again}")
     return found
+
+
+def listed_files(name: str, root: Path, splits: Iterable[str]) -> dict[str, bool]:
+    """Return the image and label files of the splits, sorted, with "is a label"."""
+    files: dict[str, bool] = {}
+    for split in splits:
+        for entry in dataset_spec(name).open_index(split, root).entries:
+            files |= {entry.image: False, entry.label: True}
+    return dict(sorted(files.items()))
 
 
 def check_manifest(name: str, root: Path) -> str:
@@ -141,8 +130,7 @@ def check_manifest(name: str, root: Path) -> str:
     """
     manifest = read_manifest(name, root)
     sizes = {path: int(size) for _, size, path in (line.split(" ", 2) for line in manifest["files"])}
-    entries = [entry for s in manifest["splits"] for entry in dataset_spec(name).open_index(s, root).entries]
-    listed = {path for entry in entries for path in (entry.image, entry.label)}
+    listed = listed_files(name, root, manifest["splits"]).keys()
     problems = []
     for path, size in sizes.items():
         actual = (root / path).stat().st_size if (root / path).is_file() else None

@@ -34,7 +34,7 @@ SIZE = (64, 96)
 
 def write(name: str, root: Path, **changes: int) -> Path:
     arguments = {"train": 12, "val": 4} | changes
-    toy.write_dataset(name, root, image_size=SIZE, progress=False, **arguments)
+    toy.write_dataset(name, root, image_size=SIZE, **arguments)
     return root
 
 
@@ -127,15 +127,15 @@ def test_a_failure_leaves_the_old_tree_and_no_rubbish(
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").write_text("mine")
-    with pytest.raises(UsageError, match="is a file"):
+    with pytest.raises(UsageError, match="was not generated"):
         write("cadis", tmp_path / "set", train=1, val=1)
 
 
 def test_two_that_want_the_same_tree_draw_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    write_tree = toy._write_tree
+    replace_tree = toy._replace_tree
     monkeypatch.setattr(
-        toy, "_write_tree", lambda *args: (drawn.append(args[1]["dataset"]), write_tree(*args))
+        toy, "_replace_tree", lambda *args: (drawn.append(args[-1]["dataset"]), replace_tree(*args))
     )
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(write, "cadis", tmp_path / "set", train=2, val=1) for _ in range(2)]
