@@ -200,9 +200,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         from mscs.predictions import prediction_saver
 
         save = prediction_saver(args.save_predictions)
-    asked = [str(args.checkpoint), args.split, args.ms]
+    asked = [str(args.checkpoint), args.split or settings.data.score_split, args.ms]
     tag = ""
-    if asked != ["None", "val", False]:  # not what the pipeline asks for: it keeps its own scores
+    if asked != [
+        "None",
+        settings.data.score_split,
+        False,
+    ]:  # not what the pipeline asks for: it keeps its own scores
         tag = f"+{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
     evaluate(_job(args, settings), checkpoint=args.checkpoint, split=args.split, tag=tag, save=save)
 

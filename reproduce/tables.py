@@ -159,8 +159,8 @@ class Results:
             return "no published value"
         if not cell.judged:
             return "cited, not judged" if "cited" in cell.source else "not judged"
-        dataset = DATASETS[self.params.run_info(cell.run)["dataset"]]
-        return "reproduced" if abs(difference) <= dataset.tolerance else "off"
+        tolerance = DATASETS[self.params.run_info(cell.run)["dataset"]].tolerance
+        return "reproduced" if tolerance is not None and abs(difference) <= tolerance else "off"
 
     def direction(self, claim: Claim) -> Direction:
         """Return what was measured of a claimed direction, judged by the rule of `reproduce.verify`."""

@@ -76,7 +76,7 @@ def copy_project(tmp_path_factory):
         if small:
             rest, mini = (folder / "params.yaml").read_text().split("\n  mini:", 1)
             for key, value in SMALLER.items():
-                mini, changes = re.subn(rf"( {key}:) \S+", rf"\1 {value}", mini)
+                mini, changes = re.subn(rf"( {key}:) \S+", rf"\1 {value}", mini, count=1)
                 assert changes == 1, key
             (folder / "params.yaml").write_text(f"{rest}\n  mini:{mini}")
         git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]

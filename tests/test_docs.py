@@ -473,7 +473,7 @@ def test_fidelity_prints_the_tolerances_in_force():
     text = (ROOT / "docs" / "fidelity.md").read_text()
     rows = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", text, flags=re.MULTILINE))
     assert {name: float(value) for name, value in rows.items()} == {
-        **{name: spec.tolerance for name, spec in DATASETS.items()},
+        **{name: spec.tolerance for name, spec in DATASETS.items() if spec.tolerance is not None},
         **calibrate.TOLERANCES,
         "parameters": tables.PARAMETER_TOLERANCE,
     }

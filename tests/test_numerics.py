@@ -10,9 +10,9 @@ from mscs.numerics import check_packages, installed_packages, load_numerics, uni
 NUMERICS = load_numerics(Path(__file__).parent.parent / "numerics.yaml")
 
 
-@pytest.mark.parametrize("profile", ["mini", "paper"])
+@pytest.mark.parametrize("profile", ["mini", "small", "paper"])
 def test_every_run_uses_units_that_exist(params, profile):
-    for run in params.runs:
+    for run in params.runs_of(profile):
         settings = params.resolve(run, profile).values
         for phase, units in units_of(settings).items():
             assert len(set(units)) == len(units)
@@ -21,7 +21,15 @@ def test_every_run_uses_units_that_exist(params, profile):
         assert ("contrastive" in train) == settings["contrastive"]
         networks = {"hrnet", "ocrnet", "deeplabv3", "upernet"}
         assert networks & set(train) == networks & set(units_of(settings)["evaluate"]) == {settings["model"]}
-    used = {unit for run in params.runs for unit in _all(params.resolve(run).values)}
+
+
+def test_every_unit_is_used(params):
+    used = {
+        unit
+        for p in params.profiles
+        for run in params.runs_of(p)
+        for unit in _all(params.resolve(run, p).values)
+    }
     assert used == set(NUMERICS["units"])
 
 

