@@ -1,30 +1,30 @@
 """Fig. 1: the feature space of one network trained without and with the contrastive loss, drawn and measured.
 
-The picture (fig1) follows the authors' code: the backbone's map at stride 4 as it is, neither projected nor
+The picture follows the authors' code: the backbone's map at stride 4 as it is, neither projected nor
 normalised, with the label of each cell. The validation images are gone through in order; each gives a few
 random pixels of every class, until a class has enough. 50 principal components, then t-SNE with perplexity
 30. Which stride the paper shows is not said; 4 is the default of the authors' class. Unlike theirs, t-SNE
 starts from the principal components and is the Barnes-Hut approximation.
 
-Not in the paper: fig1-scales and the numbers. Features are the maps that the loss acts on, before projection,
-each pixel's vector normalised to length 1. A scale is looked at on its own grid, with the label that the loss
-gives each cell. "All scales" normalises each scale, resizes it bilinearly to the finest grid, concatenates
-and normalises again. Pixels are drawn at random from all images, as many of each class, unless a class has
+Not in the paper: the numbers. Features are the maps that the loss acts on, before projection, each pixel's
+vector normalised to length 1. A scale is looked at on its own grid, with the label that the loss gives each
+cell. "All scales" normalises each scale, resizes it bilinearly to the finest grid, concatenates and
+normalises again. Pixels are drawn at random from all images, as many of each class, unless a class has
 fewer; one with hardly any is left out. The numbers are measured in feature space, never in the t-SNE plane,
 and every class counts the same.
 
 Both networks are shown and measured on the same pixels.
 """
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
@@ -32,13 +32,13 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional as F
 
-from mscs.datasets import Sample
+from mscs.datasets import Dataset, Sample
 from mscs.errors import MscsError
 from mscs.losses.sampling import downsample_labels
 from mscs.results import write_json
 from mscs.seeding import derive_seed, numpy_generator
 from mscs.transforms import IGNORE_INDEX
-from reproduce.style import COLUMN, class_marker, paper_style, point_legend, save
+from reproduce.style import COLUMN, paper_style, save
 from reproduce.trained import TrainedRun
 
 SEED = 0
@@ -50,13 +50,13 @@ PER_CLASS_OF_SCALE = 20
 LEAST_PER_CLASS = 8
 NEIGHBOURS = 5
 PERPLEXITY = 30.0
-ITERATIONS = 400
 COMPONENTS = 50
+MARKERS = "os^DvPX*"  # a second channel beside colour, as official palettes have near-twins
 
 
 @dataclass(frozen=True)
 class Picture:
-    """How much fig1 shows: points of a class, those of one image, and iterations of t-SNE.
+    """How much the picture shows: points of a class, those of one image, and iterations of t-SNE.
 
     per_image: of a frequent class and of a rare one (training id 15 or more: from bus on, on Cityscapes).
     """
@@ -68,7 +68,7 @@ class Picture:
 
 AUTHORS = Picture(per_class=1000, per_image=(2, 10), iterations=2000)
 # A dozen small images and a minute: enough to see that the figure is drawn.
-MINI = Picture(per_class=50, per_image=(6, 6), iterations=ITERATIONS)
+MINI = Picture(per_class=50, per_image=(6, 6), iterations=400)
 FIRST_RARE_CLASS = 15
 
 
@@ -80,40 +80,37 @@ class Points:
     classes: np.ndarray
     images: np.ndarray
 
+    def __getitem__(self, chosen: np.ndarray) -> "Points":
+        """Return some of the points, by index or mask."""
+        return Points(self.features[chosen], self.classes[chosen], self.images[chosen])
+
 
 def write_tsne(baseline: TrainedRun, ours: TrainedRun, folder: Path, stamp: str) -> None:
-    """Write fig1.png, fig1.pdf, fig1-scales.png and fig1.json into `folder`."""
+    """Write fig1.png, fig1.pdf and fig1.json into `folder`."""
     picture = MINI if baseline.settings.profile == "mini" else AUTHORS
-    sampled = {
-        name: sample_pixels(run, picture) for name, run in zip(NETWORKS, (baseline, ours), strict=True)
-    }
-    measured = {
-        run: {space: separation(points) for space, points in spaces.items() if space != RAW}
-        for run, spaces in sampled.items()
-    }
+    sampled = [sample_pixels(run, picture) for run in (baseline, ours)]
     dataset = baseline.dataset()
     counts = {
         space: {dataset.classes[i]: int((points.classes == i).sum()) for i in np.unique(points.classes)}
-        for space, points in sampled[NETWORKS[0]].items()
+        for space, points in sampled[0].items()
     }
-    drawn = {
+    facts: dict[str, Any] = {
+        name: {space: separation(points) for space, points in spaces.items() if space != RAW}
+        for name, spaces in zip(NETWORKS, sampled, strict=True)
+    }
+    facts["points"] = counts[ALL_SCALES]
+    facts["picture"] = {
         "features": RAW,
         "points": counts[RAW],
         "per_class": picture.per_class,
         "iterations": picture.iterations,
         "perplexity": PERPLEXITY,
     }
-    write_json(folder / "fig1.json", {**measured, "points": counts[ALL_SCALES], "picture": drawn})
-    # one thread for each embedding; those of the picture come first, side by side
-    order = sorted(((run, space) for run in sampled for space in sampled[run]), key=lambda x: x[1] != RAW)
-    with threadpool_limits(1), ThreadPoolExecutor(2) as pool:
-        coordinates = pool.map(
-            lambda key: embed(sampled[key[0]][key[1]], picture.iterations if key[1] == RAW else ITERATIONS),
-            order,
-        )
-        planes = dict(zip(order, coordinates, strict=True))
-    with paper_style():
-        _draw(sampled, planes, measured, dataset.classes, dataset.colors, folder, stamp)
+    write_json(folder / "fig1.json", facts)
+    drawn = [spaces[RAW] for spaces in sampled]
+    with threadpool_limits(1), ThreadPoolExecutor(2) as pool:  # one thread for each, side by side
+        planes = list(pool.map(lambda points: embed(points, picture.iterations), drawn))
+    _draw(drawn, planes, dataset, folder, stamp)
 
 
 def sample_pixels(run: TrainedRun, picture: Picture) -> dict[str, Points]:
@@ -127,11 +124,15 @@ def sample_pixels(run: TrainedRun, picture: Picture) -> dict[str, Points]:
         sample = dataset[number]
         maps, label = run.features(sample), run.label(sample)
         for space, grid in {RAW: maps[0], **spaces_of(maps, sample)}.items():
-            limits = _limits(space, picture)
-            pools.setdefault(space, []).append(_draw_from(grid, label, limits, space, number))
-    raw = _first_of_each_class(_join(pools.pop(RAW)), picture.per_class)
-    found = {space: balance(_join(parts), space) for space, parts in pools.items()}
-    found = {RAW: raw, **found}
+            pools.setdefault(space, []).append(_draw_from(grid, label, space, number, picture))
+    found = {}
+    for space, parts in pools.items():
+        fields = ("features", "classes", "images")
+        points = Points(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+        if space == RAW:  # the first ones of each class, in order of the images
+            found[space] = points[_rank_within_class(points.classes) < picture.per_class]
+        else:
+            found[space] = balance(points, space)
     found = {space: points for space, points in found.items() if len(np.unique(points.classes)) > 1}
     if ALL_SCALES not in found:
         raise MscsError(
@@ -148,9 +149,7 @@ def spaces_of(maps: list[Tensor], sample: Sample) -> dict[str, Tensor]:
     size = unit[0].shape[-2:]
     resized = [F.interpolate(x[None], size, mode="bilinear", align_corners=False)[0] for x in unit]
     strides = [2 ** round(np.log2(height / x.shape[-2])) for x in unit]
-    single = {
-        f"scale {i}, stride {stride}": x for i, (stride, x) in enumerate(zip(strides, unit, strict=True))
-    }
+    single = {f"scale {i}, stride {strides[i]}": x for i, x in enumerate(unit)}
     return {ALL_SCALES: F.normalize(torch.cat(resized), dim=0), **single}
 
 
@@ -158,41 +157,26 @@ def _limit(space: str) -> int:
     return PER_CLASS if space == ALL_SCALES else PER_CLASS_OF_SCALE
 
 
-def _limits(space: str, picture: Picture) -> np.ndarray:
-    """Return for every training id how many pixels of it one image may give; 0 for the ignored one."""
-    limits = np.full(256, _limit(space))
+def _draw_from(grid: Tensor, label: np.ndarray, space: str, number: int, picture: Picture) -> Points:
+    """Draw random pixels from one image: of each class up to the limit of the space."""
+    limits = np.full(256, _limit(space))  # by training id
     if space == RAW:
         limits[:FIRST_RARE_CLASS], limits[FIRST_RARE_CLASS:] = picture.per_image
     limits[IGNORE_INDEX] = 0
-    return limits
-
-
-def _draw_from(grid: Tensor, label: np.ndarray, limits: np.ndarray, space: str, number: int) -> Points:
-    """Draw up to the limit of pixels per class from one image."""
     cells = downsample_labels(torch.from_numpy(label)[None], *grid.shape[-2:])[0].numpy().ravel()
-    random = numpy_generator(SEED, "tsne", space, number)
-    order = random.permutation(len(cells))
-    rank = _rank_within_class(cells[order])
-    chosen = order[rank < limits[cells[order]]]
+    order = numpy_generator(SEED, "tsne", space, number).permutation(len(cells))
+    chosen = order[_rank_within_class(cells[order]) < limits[cells[order]]]
     features = grid.flatten(1)[:, torch.from_numpy(chosen)].T.numpy()
     return Points(features, cells[chosen].astype(np.int64), np.full(len(chosen), number))
 
 
-def _first_of_each_class(points: Points, number: int) -> Points:
-    """Keep the first `number` points of each class, in order of the images."""
-    kept = _rank_within_class(points.classes) < number
-    return Points(points.features[kept], points.classes[kept], points.images[kept])
-
-
 def balance(points: Points, space: str) -> Points:
     """Keep up to the limit of random points per class, no class with fewer than `LEAST_PER_CLASS`."""
-    random = numpy_generator(SEED, "tsne", space, "balance")
     values, sizes = np.unique(points.classes, return_counts=True)
     enough = np.isin(points.classes, values[sizes >= LEAST_PER_CLASS])
-    order = random.permutation(np.flatnonzero(enough))
+    order = numpy_generator(SEED, "tsne", space, "balance").permutation(np.flatnonzero(enough))
     order = order[_rank_within_class(points.classes[order]) < _limit(space)]
-    order = order[np.argsort(points.classes[order], kind="stable")]
-    return Points(points.features[order], points.classes[order], points.images[order])
+    return points[order[np.argsort(points.classes[order], kind="stable")]]
 
 
 def _rank_within_class(classes: np.ndarray) -> np.ndarray:
@@ -202,11 +186,6 @@ def _rank_within_class(classes: np.ndarray) -> np.ndarray:
     rank = np.empty(len(classes), np.int64)
     rank[order] = np.arange(len(classes)) - np.searchsorted(ordered, ordered)
     return rank
-
-
-def _join(parts: list[Points]) -> Points:
-    fields = ("features", "classes", "images")
-    return Points(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
 
 
 def separation(points: Points) -> dict[str, float]:
@@ -259,60 +238,27 @@ def embed(points: Points, iterations: int) -> np.ndarray:
     return tsne.fit_transform(features)
 
 
-def _draw(
-    sampled: Mapping[str, Mapping[str, Points]],
-    planes: Mapping[tuple[str, str], np.ndarray],
-    measured: Mapping[str, Mapping[str, Mapping[str, float]]],
-    classes: tuple[str, ...],
-    colors: np.ndarray,
-    folder: Path,
-    stamp: str,
-) -> None:
-    runs = list(sampled)
-    shown = [int(i) for i in np.unique(sampled[runs[0]][RAW].classes)]
-    legend = {"handles": point_legend(classes, colors, shown), "loc": "center left", "handletextpad": 0.1}
-    figure, axes = plt.subplots(2, 1, figsize=(COLUMN, 5.9))
-    for axis, run in zip(axes, runs, strict=True):
-        points = sampled[run][RAW]
-        _scatter(axis, points, planes[run, RAW], colors, 9 if len(points.classes) < 2000 else 2)
-        axis.set_title(run, loc="left")
+@paper_style()
+def _draw(drawn: list[Points], planes: list[np.ndarray], dataset: Dataset, folder: Path, stamp: str) -> None:
+    """Draw one plane per network, with the markers of the classes beside them."""
+    looks = [
+        {"color": color / 255, "marker": MARKERS[index % len(MARKERS)]}
+        for index, color in enumerate(dataset.colors)
+    ]
+    figure = Figure(figsize=(COLUMN, 5.9))
+    for axis, name, points, plane in zip(figure.subplots(2), NETWORKS, drawn, planes, strict=True):
+        size = 9 if len(plane) < 2000 else 2
+        for index in np.unique(points.classes):
+            chosen = plane[points.classes == index].T
+            axis.scatter(*chosen, s=size, linewidths=0.2, edgecolors="white", **looks[index])
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_color("#bbbbbb")
+        axis.set_title(name, loc="left")
     figure.subplots_adjust(left=0.01, right=0.77, top=0.96, bottom=0.03, hspace=0.1)
-    figure.legend(**legend, bbox_to_anchor=(0.77, 0.5), labelspacing=0.75)
+    handles = [
+        Line2D([], [], linestyle="", markersize=3.5, label=dataset.classes[index], **looks[index])
+        for index in np.unique(drawn[0].classes)
+    ]
+    place = {"loc": "center left", "bbox_to_anchor": (0.77, 0.5)}
+    figure.legend(handles=handles, **place, handletextpad=0.1, labelspacing=0.75)
     save(figure, folder, "fig1", stamp)
-    plt.close(figure)
-
-    spaces = [space for space in sampled[runs[0]] if space != RAW]
-    figure, grid = plt.subplots(2, len(spaces), figsize=(COLUMN * 1.8, 4.6), squeeze=False)
-    for row, run in zip(grid, runs, strict=True):
-        row[0].set_ylabel(run)
-        for axis, space in zip(row, spaces, strict=True):
-            _scatter(axis, sampled[run][space], planes[run, space], colors, 4)
-            axis.set_title(f"{space}\n{_numbers(measured[run][space])}", fontsize=5.5)
-    figure.subplots_adjust(left=0.03, right=0.99, top=0.93, bottom=0.14, hspace=0.22, wspace=0.04)
-    legend |= {"loc": "lower center", "ncols": 10, "columnspacing": 1.0}
-    figure.legend(**legend, bbox_to_anchor=(0.5, 0.03))
-    save(figure, folder, "fig1-scales", stamp, formats=("png",))
-    plt.close(figure)
-
-
-def _scatter(axis: Axes, points: Points, plane: np.ndarray, colors: np.ndarray, size: float) -> None:
-    for index in np.unique(points.classes):
-        chosen = plane[points.classes == index]
-        color = [colors[index] / 255]
-        axis.scatter(
-            chosen[:, 0],
-            chosen[:, 1],
-            s=size,
-            c=color,
-            marker=class_marker(index),
-            linewidths=0.2,
-            edgecolors="white",
-        )
-    axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_color("#bbbbbb")
-
-
-def _numbers(values: Mapping[str, float]) -> str:
-    knn, silhouette, ratio = (values[key] for key in ("knn_accuracy", "silhouette", "distance_ratio"))
-    return f"{NEIGHBOURS}-NN {knn:.1f} %, silh. {silhouette:+.2f}, ratio {ratio:.2f}"

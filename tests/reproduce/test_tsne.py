@@ -123,8 +123,7 @@ def test_figure_has_numbers_for_both_runs_and_every_scale(tmp_path, runs, monkey
         assert all(0 <= values["knn_accuracy"] <= 100 for values in found[name].values())
     assert found[tsne.NETWORKS[0]] != found[tsne.NETWORKS[1]]
     assert max(found["points"].values()) == tsne.PER_CLASS
-    for name in ("fig1.png", "fig1-scales.png"):
-        assert min(Image.open(tmp_path / name).size) > 1000
+    assert min(Image.open(tmp_path / "fig1.png").size) > 1000
     first = (tmp_path / "fig1.pdf").read_bytes()
     assert first.startswith(b"%PDF")
     assert b"/CreationDate" not in first
@@ -179,7 +178,7 @@ def test_profile_paper_draws_as_the_authors_and_mini_less(tmp_path, runs, monkey
         asked.clear()
         write_tsne(*pair, tmp_path / name, "a stamp")
         expected = tsne.MINI if name == "mini" else tsne.AUTHORS
-        assert asked[:2] == [expected.iterations] * 2
+        assert asked == [expected.iterations] * 2
         drawn = json.loads((tmp_path / name / "fig1.json").read_text())["picture"]
         assert (drawn["per_class"], drawn["perplexity"]) == (expected.per_class, 30)
         assert drawn["iterations"] == expected.iterations
