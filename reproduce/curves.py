@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from reproduce.style import paper_style
+from reproduce.style import STYLE
 
 CURVES = (("ce", "CE, trained with CE", "#0072b2", "-"), ("ce", "CE, trained with ours", "#d55e00", "-"))
 TOTAL = ("loss", "total loss of ours", "#d55e00", ":")
@@ -24,7 +24,7 @@ def draw_losses(baseline: Sequence[Path], ours: Sequence[Path]) -> tuple[bytes, 
         return None
     figure = Figure(figsize=(3.4, 1.9), layout="constrained")
     last = []
-    with paper_style(), mpl.rc_context({"svg.hashsalt": "mscs", "svg.fonttype": "none"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "mscs", "svg.fonttype": "none"}):
         axis = figure.add_subplot(xlabel="training step", ylabel="loss")
         for files, (column, label, color, line) in zip((baseline, ours, ours), (*CURVES, TOTAL), strict=True):
             steps, values = mean_curve(files, column)

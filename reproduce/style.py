@@ -1,10 +1,7 @@
 """One look for all figures: sizes for one LNCS column, Type 42 fonts, the stamp, byte-stable files."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from mscs.results import atomic_path
@@ -21,13 +18,7 @@ STYLE = {
     "pdf.fonttype": 42,
     "savefig.dpi": 300,
 }
-
-
-@contextmanager
-def paper_style() -> Iterator[None]:
-    """Apply the shared style within a block."""
-    with mpl.rc_context(STYLE):
-        yield
+"""Applied by `matplotlib.rc_context`."""
 
 
 def save(figure: Figure, folder: Path, name: str, stamp: str) -> None:

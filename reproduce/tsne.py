@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -38,7 +39,7 @@ from mscs.losses.sampling import downsample_labels
 from mscs.results import write_json
 from mscs.seeding import derive_seed, numpy_generator
 from mscs.transforms import IGNORE_INDEX
-from reproduce.style import COLUMN, paper_style, save
+from reproduce.style import COLUMN, STYLE, save
 from reproduce.trained import TrainedRun
 
 SEED = 0
@@ -238,7 +239,7 @@ def embed(points: Points, iterations: int) -> np.ndarray:
     return tsne.fit_transform(features)
 
 
-@paper_style()
+@mpl.rc_context(STYLE)
 def _draw(drawn: list[Points], planes: list[np.ndarray], dataset: Dataset, folder: Path, stamp: str) -> None:
     """Draw one plane per network, with the markers of the classes beside them."""
     looks = [
