@@ -110,7 +110,6 @@ def _add_results(commands: Any) -> None:
     )
     compare.add_argument("second", metavar="REV_B", nargs="?", default=".", help="the same (default: .)")
     compare.add_argument("--profile", help="mini or paper (default: the one in params.yaml of REV_B)")
-    compare.add_argument("--html", metavar="FILE", help="write a page")
 
 
 def _add_measurements(commands: Any) -> None:
@@ -250,12 +249,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from reproduce.compare import as_html, as_text, compare, open_revision
+    from reproduce.compare import as_text, compare, open_revision
 
     with open_revision(args.first) as first, open_revision(args.second) as second:
         document = compare(first, second, args.profile)
-    if args.html:
-        write_text(args.html, as_html(document))
     print(json.dumps(document, indent=1) if args.json else as_text(document))
 
 
@@ -271,12 +268,13 @@ def _accept(args: argparse.Namespace) -> None:
 
 
 def _compare_trees(args: argparse.Namespace) -> int:
-    from reproduce.trees import compare_trees
+    from reproduce.trees import compare_trees, described
 
     unexpected, intended = compare_trees(args.revision, args.cases)
     for pattern, count in intended.items():
         print(f"{pattern}: {count} differences on purpose")
-    print(*unexpected, f"{len(unexpected)} differences that are not on purpose", sep="\n")
+    lines = (described(place, *values) for place, values in unexpected.items())
+    print(*lines, f"{len(unexpected)} differences that are not on purpose", sep="\n")
     return int(bool(unexpected))
 
 

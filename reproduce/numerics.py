@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,30 +22,24 @@ from mscs.numerics import FILE, PACKAGES, installed_packages, load_numerics, uni
 from mscs.params import Params
 from mscs.results import write_text
 from reproduce import trees
+from reproduce.revisions import checkout, git
 
 MESSAGES = re.compile(r"print|warnings\.warn|logg(er|ing)\.(debug|info|warning|error|exception|critical)")
-DATA_FILES = ".json"
 SHOWN = 10
 
-Reader = Callable[[str], str]
 
-
-def digest(files: Iterable[str], read: Reader | None = None) -> str:
+def digest(files: Iterable[str], read: Callable[[str], str] = lambda path: Path(path).read_text()) -> str:
     """Return a unit's digest, 16 hex digits; names and order of its files do not count.
 
-    Python files count by syntax tree, JSON files by content. `read` gives a file's text (default: from disk).
+    Python files count by syntax tree, JSON files by content. `read` gives a file's text.
     """
-    read = read or (lambda path: Path(path).read_text())
-    hashes = sorted(_hash(_content(path, read(path))) for path in files)
-    return _hash(hashes)[:16]
+    texts = {path: read(path) for path in files}
+    contents = [json.loads(x) if p.endswith(".json") else canonical(ast.parse(x)) for p, x in texts.items()]
+    return _hash(sorted(map(_hash, contents)))[:16]
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _content(path: str, text: str) -> Any:
-    return json.loads(text) if path.endswith(DATA_FILES) else canonical(ast.parse(text))
 
 
 def canonical(node: Any) -> Any:
@@ -88,66 +83,6 @@ def _pieces(values: list[ast.expr]) -> list[Any]:
     return parts
 
 
-def reached(entries: Iterable[str], root: Path = Path()) -> set[str]:
-    """Return the files of `mscs` that the `entries` import, directly or not, and the data beside them.
-
-    Packages count, but their imports are not followed: a name imported from a package leads to the module
-    that the package takes it from, so that a lazy package does not stand for all of its modules.
-    """
-    seen: set[Path] = set()
-    waiting = [root / entry for entry in entries]
-    while waiting:
-        path = waiting.pop()
-        if path in seen:
-            continue
-        seen.add(path)
-        if path.name != "__init__.py":
-            waiting += _imported(path, root)
-    for folder in {path.parent for path in seen}:
-        seen |= {*folder.glob("__init__.py"), *folder.glob(f"*{DATA_FILES}")}
-    return {str(path.relative_to(root)) for path in seen}
-
-
-def _imported(path: Path, root: Path) -> list[Path]:
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        found += [_home(name, root) for name in names if name.startswith("mscs.")]
-    return [path for path in found if path is not None]
-
-
-def _home(name: str, root: Path) -> Path | None:
-    """Return the file of a module, or of the one that a package takes `name` from; None for others."""
-    path = root.joinpath(*name.split("."))
-    if path.is_dir():
-        return path / "__init__.py"
-    if path.with_suffix(".py").exists():
-        return path.with_suffix(".py")
-    package = path.parent / "__init__.py"
-    for node in ast.walk(ast.parse(package.read_text())) if package.exists() else ():
-        if isinstance(node, ast.ImportFrom) and node.module and path.name in {a.name for a in node.names}:
-            return _home(node.module, root)
-    return None
-
-
-def moved(numerics: Mapping[str, Any]) -> dict[str, str]:
-    """Return the present digests of the units that no longer have the accepted one."""
-    present = {unit: digest(files) for unit, files in numerics["files"].items()}
-    return {unit: new for unit, new in present.items() if numerics["units"][unit]["digest"] != new}
-
-
-def remedy(unit: str) -> str:
-    """Return what to do about a moved digest."""
-    return (
-        f"the code of unit {unit!r} changed. If its results are the same: python -m reproduce accept {unit} "
-        f'--same; if they changed on purpose: python -m reproduce accept {unit} --changed "why"'
-    )
-
-
 def accept_same(params: Params, units: Sequence[str], python: str | None = None) -> str:
     """Accept the present state of units if their short trainings agree with the accepted state.
 
@@ -155,25 +90,30 @@ def accept_same(params: Params, units: Sequence[str], python: str | None = None)
     """
     numerics = load_numerics()
     states = {unit: _states(numerics, unit) for unit in units}
-    changed = {unit: state for unit, state in states.items() if state[0] != state[1]}
+    changed = {unit: (old, new) for unit, (old, new) in states.items() if old != new}
     if not changed:
         return f"{', '.join(units)}: nothing to accept"
-    flat = {run: params.resolve(run, trees.PROFILE).values for run in params.runs}
-    runs = trees.cases({run: s for run, s in flat.items() if _all_units(s) & changed.keys()})
-    findings, here = [], trees.Tree(Path.cwd())
+    here = trees.Tree(Path.cwd())
+    runs = trees.cases(params, [run for run in params.runs if changed.keys() & _units(params, run)])
+    found: trees.Found = {}
     if PACKAGES in changed:
-        findings += trees.compare_trainings((trees.Tree(Path.cwd(), _other(python)), here), runs)
+        if python is None:
+            raise UsageError(
+                f"{PACKAGES} --same needs --python PATH, an interpreter that has the accepted packages: its "
+                'trainings are compared with those of this one. Without one there is --changed "why"'
+            )
+        found |= trees.compare_trainings((trees.Tree(Path.cwd(), python), here), params, runs)
         old, new = changed[PACKAGES]
         changed[PACKAGES] = old, {k: [*old[k], *(v for v in new[k] if v not in old[k])] for k in new}
     commits = {accepted_commit(unit, old) for unit, (old, _) in changed.items() if unit != PACKAGES}
     for commit in sorted(commits):
-        with trees.checkout(commit) as source:
-            findings += trees.compare_trainings((trees.Tree(source), here), runs)
+        with checkout(commit) as source:
+            found |= trees.compare_trainings((trees.Tree(source), here), params, runs)
     named = ", ".join(changed)
-    if findings:
+    if found:
         raise MscsError(
-            "\n".join(map(str, findings[:SHOWN]))
-            + f"\n{named}: {len(findings)} differences, nothing was accepted. If they are on purpose: "
+            "\n".join(trees.described(place, *values) for place, values in list(found.items())[:SHOWN])
+            + f"\n{named}: {len(found)} differences, nothing was accepted. If they are on purpose: "
             'python -m reproduce accept UNIT --changed "why", a commit for each unit'
         )
     for unit, (_, new) in changed.items():
@@ -181,17 +121,8 @@ def accept_same(params: Params, units: Sequence[str], python: str | None = None)
     return f"{named}: {len(runs)} short trainings on the CPU gave the same results; accepted"
 
 
-def _other(python: str | None) -> str:
-    if python is None:
-        raise UsageError(
-            f"{PACKAGES} --same needs --python PATH, an interpreter that has the accepted packages: its "
-            'trainings are compared with those of this one. Without one there is --changed "why"'
-        )
-    return python
-
-
-def _all_units(settings: Mapping[str, Any]) -> set[str]:
-    return {unit for units in units_of(settings).values() for unit in units}
+def _units(params: Params, run: str) -> set[str]:
+    return {unit for units in units_of(params.resolve(run).values).values() for unit in units}
 
 
 def accept_changed(params: Params, unit: str, why: str) -> str:
@@ -205,27 +136,23 @@ def accept_changed(params: Params, unit: str, why: str) -> str:
     entry = numerics["units"][unit]
     entry |= {"version": entry["version"] + 1, "why": why}
     _write(numerics, unit, new)
-    uses = {run: units_of(params.resolve(run).values) for run in params.runs}
-    retrained = [run for run, phases in uses.items() if unit in phases["train"]]
-    rescored = [run for run, phases in uses.items() if unit in phases["evaluate"]]
-    if not retrained:
-        what = f"these runs are evaluated again, none is trained again: {', '.join(rescored)}"
-    else:
+    said = f"{unit} is at version {entry['version']}; in profile {params.profile}"
+    uses = [run for run in params.runs if unit in _units(params, run)]
+    retrained = [run for run in uses if unit in units_of(params.resolve(run).values)["train"]]
+    if retrained:
         device = plan.device_name()
         costs = plan.text(plan.document(plan.costs(params, retrained, device), device, 1))
-        what = f"{len(retrained)} runs are trained and evaluated again\n{costs}"
-    return f"{unit} is at version {entry['version']}; in profile {params.profile} {what}"
+        return f"{said} {len(retrained)} runs are trained and evaluated again\n{costs}"
+    return f"{said} these runs are evaluated again, none is trained again: {', '.join(uses)}"
 
 
 def accepted_commit(unit: str, accepted: str) -> str:
     """Return the newest commit whose code has the digest `accepted` for `unit`."""
-    for commit in trees.git("rev-list", "HEAD", "--", str(FILE), "mscs").split():
-        try:
+    with suppress(MscsError, KeyError):  # a commit older than numerics.yaml or the unit ends the search
+        for commit in git("rev-list", "HEAD", "--", str(FILE), "mscs").decode().split():
             files = yaml.safe_load(_committed(commit, str(FILE)))["files"][unit]
             if digest(files, partial(_committed, commit)) == accepted:
                 return commit
-        except (MscsError, KeyError):
-            break  # older than numerics.yaml or the unit
     raise UsageError(
         f"no commit has the accepted digest of {unit!r} ({accepted}): commit the state that was accepted, or "
         f'use python -m reproduce accept {unit} --changed "why"'
@@ -233,7 +160,7 @@ def accepted_commit(unit: str, accepted: str) -> str:
 
 
 def _committed(commit: str, path: str) -> str:
-    return trees.git("show", f"{commit}:./{path}")
+    return git("show", f"{commit}:./{path}").decode()
 
 
 def _states(numerics: Mapping[str, Any], unit: str) -> tuple[Any, Any]:

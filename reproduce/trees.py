@@ -1,21 +1,19 @@
-"""Two trees of this project's files: do they train, score, resolve settings, write tables and refuse alike?
+"""Two trees of this project's files: do they train, score, resolve settings and answer alike?
 
-One tree is a revision, the other the working tree (or the working tree under another interpreter). Both run
-the same commands on the same data, each in a folder of its own. Numbers stored in files would fail on another
-processor; a comparison of two trees does not.
+One tree is a commit, the other the working tree (or the working tree under another interpreter). Both run
+the same command lines on the same data, each in a folder of its own. Numbers stored in files would fail on
+another processor; a comparison of two trees does not.
 """
 
 import csv
-import io
+import itertools
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,30 +22,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from mscs.errors import MscsError, UsageError
+from mscs.errors import MscsError
+from mscs.params import Params, load_params
 from mscs.results import read_json
-from reproduce.compare import resolve_commit
+from mscs.settings import Settings
+from reproduce.revisions import checkout, differences, find_commit
 
 PROFILE = "mini"
 RELATIVE, ABSOLUTE = 1e-9, 1e-14
 LISTS = Path("reproduce/trees.yaml")
 OWN = {"work", "results", "data", ".git", ".venv"}
 """What a tree's folder does not take over from the project's."""
+TRAIN, VAL = 8, 2  # images
 SHORT = {
     "precision": "fp64",
     "steps": 3,
     "warmup_steps": 1,  # so that the rest of the schedule counts too
     "log_every": 1,
     "threads": 1,
-    "seeds": "[0]",
-    "evaluation": "[ss,ms]",
-    "train_images": 8,
-    "val_images": 2,
+    "seeds": [0],
+    "evaluation": ["ss", "ms"],
+    "train_images": TRAIN,
+    "val_images": VAL,
 }
 """Settings of a short training and its evaluation."""
-IMAGES = {"--train": SHORT["train_images"], "--val": SHORT["val_images"]}
 PARAMS = "reference.yaml"
 
 DRIVER = """
@@ -64,22 +65,13 @@ for arguments in json.load(sys.stdin):
         except Exception:
             code = 1
             traceback.print_exc()
-    outcomes.append([code, out.getvalue(), err.getvalue()])
+    outcomes.append([code, out.getvalue(), err.getvalue().strip()])
 json.dump(outcomes, sys.stdout)
 """
 """Runs command lines, one after the other, in one process: importing PyTorch takes seconds."""
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One place where two trees differ; None stands for absent."""
-
-    where: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.where}\n  was {self.old!r}\n  is  {self.new!r}"
+Found = dict[str, list[Any]]
+"""Where two trees differ: place -> the older and the newer value, as `differences` gives them."""
 
 
 @dataclass(frozen=True)
@@ -98,16 +90,11 @@ class Tree:
                     (Path(name) / path.name).symlink_to(path.resolve())
             yield Path(name)
 
-    def run(
-        self, folder: Path, commands: Sequence[Sequence[str]], *, refusals: bool = False
-    ) -> list[tuple[int, str, str]]:
-        """Run command lines of mscs and reproduce in `folder`; return exit codes, stdout and stderr.
-
-        Raises MscsError where one fails, unless `refusals` are what is asked for.
-        """
+    def run(self, folder: Path, commands: Sequence[Sequence[str]]) -> list[tuple[int, str, str]]:
+        """Run command lines of mscs and reproduce in `folder`; return exit codes, stdout and stderr."""
         done = subprocess.run(
             [self.python, "-c", DRIVER],
-            input=json.dumps([list(command) for command in commands]),
+            input=json.dumps(commands),
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -116,64 +103,82 @@ class Tree:
         )
         if done.returncode:
             raise MscsError(f"{self.source}: commands could not be run: {done.stderr.strip()}")
-        outcomes = [(code, out, err.strip()) for code, out, err in json.loads(done.stdout)]
-        for command, (code, _, err) in zip(commands, outcomes, strict=True):
-            if code and not refusals:
-                raise MscsError(f"{self.source}: `{' '.join(command)}` failed: {err}")
-        return outcomes
+        return [(code, out, err) for code, out, err in json.loads(done.stdout)]
 
 
-def git(*arguments: str) -> str:
-    """Return what git prints; MscsError with its message where it fails."""
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MscsError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
+def cases(params: Params, runs: Sequence[str]) -> list[str]:
+    """Return one of `runs` per architecture, loss, projector and optimiser, spread over the datasets."""
+    kinds: dict[tuple[Any, ...], list[Settings]] = {}
+    for settings in (params.resolve(run, PROFILE).settings for run in runs):
+        loss, optimizer = settings.loss, settings.schedule.optimizer.name
+        kinds.setdefault((settings.model.name, loss.name, loss.projector, optimizer), []).append(settings)
+    used: Counter[str] = Counter()
+    chosen = []
+    for candidates in kinds.values():
+        settings = min(candidates, key=lambda one: used[one.data.name])
+        used[settings.data.name] += 1
+        chosen.append(settings.run)
+    return chosen
 
 
-@contextmanager
-def checkout(revision: str) -> Iterator[Path]:
-    """Give the files of a revision in a temporary folder (a git worktree would outlive a killed process)."""
-    with tempfile.TemporaryDirectory(prefix="mscs-revision-") as folder:
-        archive = ["git", "archive", "--format=zip", resolve_commit(revision)]
-        data = subprocess.run(archive, capture_output=True, check=True).stdout
-        zipfile.ZipFile(io.BytesIO(data)).extractall(folder)
-        yield Path(folder)
+def compare_trainings(pair: tuple[Tree, Tree], params: Params, runs: Sequence[str]) -> Found:
+    """Return where short trainings of `runs` differ between two trees.
 
+    Data are drawn once, and params.yaml is taken from the first tree: generated scenes and profile mini may
+    change without touching the numerics.
+    """
+    from mscs.datasets.toy import write_dataset
 
-def shown(tree: Tree, *choices: str) -> dict[str, dict[str, Any]]:
-    """Return the settings of every run, flat as `mscs show RUN CHOICES --json` prints them."""
-    runs = list(yaml.safe_load((tree.source / "params.yaml").read_text())["runs"])
-    with tree.folder() as folder:
-        outcomes = tree.run(folder, [["mscs", "show", run, "--json", *choices] for run in runs])
-    found = {run: json.loads(text) for run, (_, text, _) in zip(runs, outcomes, strict=True)}
-    for values in found.values():
-        del values["sources"]
+    reference = (pair[0].source / "params.yaml").read_text()
+    found: Found = {}
+    with tempfile.TemporaryDirectory(prefix="mscs-data-") as data:
+        for number, run in enumerate(runs, start=1):
+            scenes = params.resolve(run, PROFILE).settings.data
+            root = Path(data, scenes.name)
+            if not root.exists():
+                write_dataset(scenes.name, root, train=TRAIN, val=VAL, image_size=scenes.image_size)
+            options = ["--params", PARAMS, "--profile", PROFILE, "--data-root", str(root), "--device", "cpu"]
+            for key, value in {**SHORT, "image_size": scenes.image_size}.items():
+                options += [
+                    "--set",
+                    f"{key}={json.dumps(value) if isinstance(value, list | tuple) else value}",
+                ]
+            commands = [["mscs", verb, run, *options] for verb in ("train", "evaluate")]
+            differ = _compare(pair, partial(_trained, commands=commands, params=reference), run)
+            print(f"{number}/{len(runs)} {run}: {len(differ)} differences", file=sys.stderr, flush=True)
+            found |= differ
     return found
 
 
-def settings_of_all(tree: Tree) -> dict[str, Any]:
-    """Return the settings of all runs under all profiles and recipes."""
-    document = yaml.safe_load((tree.source / "params.yaml").read_text())
-    choices = [(profile, recipe) for profile in document["profiles"] for recipe in document["recipes"]]
-    return {f"{p} {r}": shown(tree, "--profile", p, "--set", f"recipe={r}") for p, r in choices}
+def _trained(tree: Tree, commands: list[list[str]], params: str) -> dict[str, Any]:
+    """Train and evaluate; return all that was written except times."""
+    from safetensors.numpy import load_file
 
-
-def tables(tree: Tree, results: Path) -> dict[str, str]:
-    """Return the text of all table files that a tree makes from `results`."""
     with tree.folder() as folder:
-        target = folder / "results" / PROFILE
-        target.mkdir(parents=True)
-        for path in (results / PROFILE).iterdir():
-            if path.name != "tables":
-                (target / path.name).symlink_to(path.resolve())
-        tree.run(folder, [["reproduce", "tables", "--profile", PROFILE]])
-        return {path.name: path.read_text() for path in sorted((target / "tables").iterdir())}
+        (folder / PARAMS).write_text(params)
+        for command, (code, _, err) in zip(commands, tree.run(folder, commands), strict=True):
+            if code:
+                raise MscsError(f"{tree.source}: `{' '.join(command)}` failed: {err}")
+        [scores] = (folder / "results" / PROFILE / "runs").rglob("evaluation.json")
+        [weights] = (folder / "work" / PROFILE / "runs").glob("*/weights/*.safetensors")
+        found = {name: read_json(scores.with_name(name)) for name in ("train.json", "evaluation.json")}
+        found["confusion.json"] = read_json(scores.with_name("confusion.json"))
+        with scores.with_name("losses.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        losses = {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+        return {**found, "losses.csv": losses, "weights": load_file(weights)}
 
 
-def refusals(tree: Tree) -> dict[str, str]:
-    """Return exit code and last line on stderr for each of the listed mistakes."""
-    lines = yaml.safe_load(LISTS.read_text())["mistakes"]
+def answers(tree: Tree, results: Path, runs: Sequence[str]) -> dict[str, Any]:
+    """Return what a tree answers to the listed command lines, and the settings that it shows of `runs`.
+
+    An answer is the printed JSON, or exit code and last line on stderr. `results`: those of the tables.
+    """
+    document = yaml.safe_load((tree.source / "params.yaml").read_text())
+    choices = itertools.product(runs, document["profiles"], document["recipes"])
+    shown = [f"mscs show {run} --json --profile {p} --set recipe={recipe}" for run, p, recipe in choices]
+    lists = yaml.safe_load(LISTS.read_text())
+    lines = [*lists["commands"], *lists["mistakes"], *shown]
     with tree.folder() as folder:
         text = (folder / "params.yaml").read_text()
         (folder / "broken.yaml").write_text("profile: [mini\n")
@@ -181,128 +186,69 @@ def refusals(tree: Tree) -> dict[str, str]:
         (folder / "value.yaml").write_text(text.replace("\n  hflip: 0.5", "\n  hflip: often", 1))
         (folder / "damaged.safetensors").write_bytes(b"no weights at all")
         (folder / "empty").mkdir()
-        scenes = "mscs data synth cityscapes --root scenes --train 1 --val 1 --size 64 128"
-        tree.run(folder, [scenes.split(" ")])
-        outcomes = tree.run(folder, [line.split(" ") for line in lines], refusals=True)
-        answers = [f"exit code {code}: {(err.splitlines() or [''])[-1]}" for code, _, err in outcomes]
-        answers = [text.replace(str(folder), ".") for text in answers]
-    return dict(zip(lines, answers, strict=True))
+        (folder / "results" / PROFILE).mkdir(parents=True)
+        for path in (results / PROFILE).iterdir():
+            (folder / "results" / PROFILE / path.name).symlink_to(path.resolve())
+        outcomes = tree.run(folder, [line.split(" ") for line in lines])
+    found: dict[str, Any] = {}
+    for line, (code, out, err) in zip(lines, outcomes, strict=True):
+        found[line] = f"exit code {code}: {(err.splitlines() or [''])[-1]}".replace(str(folder), ".")
+        if "--json" in line and not code:
+            found[line] = json.loads(out)
+            if isinstance(found[line], dict):
+                found[line].pop("sources", None)  # texts
+    return found
 
 
-def cases(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return one run per architecture, loss, projector and optimiser, spread over the datasets.
-
-    `settings` are those of the runs to choose from, as `shown` returns them.
-    """
-    kinds: dict[tuple[Any, ...], list[str]] = {}
-    for run, values in settings.items():
-        key = tuple(values[name] for name in ("model", "loss", "projector", "optimizer"))
-        kinds.setdefault(key, []).append(run)
-    used: Counter[str] = Counter()
-    chosen = []
-    for runs in kinds.values():
-        chosen.append(min(runs, key=lambda run: used[settings[run]["dataset"]]))
-        used[settings[chosen[-1]]["dataset"]] += 1
-    return chosen
-
-
-def short_training(tree: Tree, run: str, data: Path, params: str) -> dict[str, Any]:
-    """Train and evaluate one run of `params` for a few steps; return all that it wrote except times."""
-    from safetensors.numpy import load_file
-
-    options = ["--params", PARAMS, "--profile", PROFILE, "--data-root", str(data), "--device", "cpu"]
-    options += [text for key, value in SHORT.items() for text in ("--set", f"{key}={value}")]
-    with tree.folder() as folder:
-        (folder / PARAMS).write_text(params)
-        tree.run(folder, [["mscs", verb, run, *options] for verb in ("train", "evaluate")])
-        [scores] = (folder / "results" / PROFILE / "runs").rglob("evaluation.json")
-        results = scores.parent
-        [weights] = (folder / "work" / PROFILE / "runs").glob("*/weights/*.safetensors")
-        with (results / "losses.csv").open() as file:
-            losses = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-        names = ("train.json", "evaluation.json", "confusion.json")
-        written = {name: read_json(results / name) for name in names}
-        return {**written, "losses.csv": losses, "weights": load_file(weights)}
-
-
-def compare_trainings(pair: tuple[Tree, Tree], runs: Sequence[str] | None = None) -> list[Finding]:
-    """Return where the short trainings of `runs` (default: `cases`) differ between two trees.
-
-    Data are drawn once, and params.yaml is taken from the first tree: generated scenes and profile mini may
-    change without touching the numerics.
-    """
-    params = (pair[0].source / "params.yaml").read_text()
-    settings = shown(pair[0], "--profile", PROFILE)
-    runs = cases(settings) if runs is None else runs
-    findings: list[Finding] = []
-    with tempfile.TemporaryDirectory(prefix="mscs-data-") as data:
-        for number, run in enumerate(runs, start=1):
-            if run not in settings:
-                raise UsageError(f"the older tree has no run {run!r}; compare others with --cases")
-            root = Path(data) / settings[run]["dataset"]
-            if not root.exists():
-                counts = [text for item in IMAGES.items() for text in map(str, item)]
-                size = ["--size", *map(str, settings[run]["image_size"])]
-                command = ["mscs", "data", "synth", root.name, "--root", str(root), *counts, *size]
-                with pair[0].folder() as folder:
-                    pair[0].run(folder, [command])
-            found = _differences_of(pair, partial(short_training, run=run, data=root, params=params), run)
-            print(f"{number}/{len(runs)} {run}: {len(found)} differences", file=sys.stderr, flush=True)
-            findings += found
-    return findings
-
-
-def compare_trees(revision: str, runs: Sequence[str] | None) -> tuple[list[Finding], dict[str, int]]:
+def compare_trees(revision: str, runs: Sequence[str] | None) -> tuple[Found, dict[str, int]]:
     """Compare a revision with the working tree in all respects, or in the trainings of `runs` alone.
 
     Returns what is not meant to differ, and of each entry of `intended` in reproduce/trees.yaml how many
     differences it explains.
     """
-    with checkout(revision) as source:
+    params = load_params()
+    found: Found = {}
+    with checkout(find_commit(revision)) as source:
         pair = Tree(source), Tree(Path.cwd())
-        findings = []
         if runs is None:
-            findings += _differences_of(pair, settings_of_all, "show")
-            findings += _differences_of(pair, partial(tables, results=source / "results"), "tables")
-            findings += _differences_of(pair, refusals, "mistakes")
-        findings += compare_trainings(pair, runs)
+            found |= _compare(pair, lambda tree: answers(tree, source / "results", params.runs), "answers")
+            runs = cases(params, params.runs)
+        found |= compare_trainings(pair, params, runs)
     intended = dict.fromkeys(yaml.safe_load(LISTS.read_text())["intended"] or {}, 0)
-    unexpected = []
-    for finding in findings:
-        place = finding.where
+    unexpected = {}
+    for place, values in found.items():
         pattern = next((entry for entry in intended if fnmatchcase(place, entry.replace("[", "[[]"))), None)
         if pattern is None:
-            unexpected.append(finding)
+            unexpected[place] = values
         else:
             intended[pattern] += 1
     return unexpected, intended
 
 
-def _differences_of(pair: tuple[Tree, Tree], ask: Callable[[Tree], Any], where: str) -> list[Finding]:
+def _compare(pair: tuple[Tree, Tree], ask: Callable[[Tree], Any], where: str) -> Found:
     with ThreadPoolExecutor(2) as pool:
         old, new = pool.map(ask, pair)
-    return list(differences(old, new, where))
+    return differences(old, new, where, alike)
 
 
-def differences(old: Any, new: Any, where: str) -> Iterator[Finding]:
-    """Yield where two results differ: numbers by 1e-9 of the larger, arrays of the largest entry."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in {**old, **new}:
-            yield from differences(old.get(key), new.get(key), f"{where}/{key}")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (one, other) in enumerate(zip(old, new, strict=True)):
-            yield from differences(one, other, f"{where}/{i}")
-    elif hasattr(old, "dtype") and hasattr(new, "dtype"):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            yield Finding(where, f"{old.dtype} {old.shape}", f"{new.dtype} {new.shape}")
-        elif old.size and not abs(old - new).max() <= RELATIVE * abs(old).max():
-            worst = abs(old - new).argmax()
-            yield Finding(where, float(old.flat[worst]), float(new.flat[worst]))
-    elif not _equal(old, new):
-        yield Finding(where, old, new)
-
-
-def _equal(old: Any, new: Any) -> bool:
+def alike(old: Any, new: Any) -> bool:
+    """Return whether two values are the same: numbers by 1e-9 of the larger, arrays of the largest entry."""
     if isinstance(old, float) and isinstance(new, float):
-        return math.isclose(old, new, rel_tol=RELATIVE, abs_tol=ABSOLUTE) or (old != old and new != new)
+        return bool(np.isclose(old, new, RELATIVE, ABSOLUTE, equal_nan=True))
+    if isinstance(old, dict) and isinstance(new, dict):
+        return not differences(old, new, same=alike)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(alike, old, new))
+    if isinstance(old, np.ndarray) and isinstance(new, np.ndarray):
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            return False
+        return not old.size or bool(abs(old - new).max() <= RELATIVE * abs(old).max())
     return type(old) is type(new) and old == new
+
+
+def described(place: str, old: Any, new: Any) -> str:
+    """Return a difference as text; of two arrays the entry that differs most."""
+    if isinstance(old, np.ndarray) and isinstance(new, np.ndarray) and old.shape == new.shape:
+        worst = abs(old - new).argmax()
+        old, new = float(old.flat[worst]), float(new.flat[worst])
+    return f"{place}\n  was {old!r:.500}\n  is  {new!r:.500}"

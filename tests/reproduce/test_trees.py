@@ -10,40 +10,41 @@ import yaml
 from mscs.errors import MscsError, UsageError
 from reproduce import trees
 from reproduce.cli import main
-from reproduce.trees import Finding, Tree, cases, compare_trees, differences
+from reproduce.revisions import differences
+from reproduce.trees import Tree, alike, cases, compare_trees, described
 
 ROOT = Path(__file__).parents[2]
 
 
 def places(old, new):
-    return [finding.where for finding in differences(old, new, "x")]
+    return list(differences(old, new, "x", alike))
 
 
 def test_numbers_may_differ_by_rounding_only():
-    old = {"a": [1.0, {"b": -2.0}], "c": None, "d": "text", "e": float("nan"), "f": 0.0}
+    old = {"a": [1.0, {"b": -2.0}], "c": None, "d": "text", "e": float("nan"), "f": 0.0, "g": {"h": 1.0}}
     assert places(old, {**old, "a": [1.0 + 1e-10, {"b": -2.0}]}) == []
-    assert places(old, {**old, "a": [1.0 + 1e-8, {"b": -2.0}]}) == ["x/a/0"]
-    assert places(old, {**old, "a": [1.0, {"b": 2.0}]}) == ["x/a/1/b"]
-    assert places(old, {**old, "a": [1.0]}) == ["x/a"]
-    assert places(old, {**old, "d": "other", "e": 0.0, "f": 1e-6}) == ["x/d", "x/e", "x/f"]
-    assert places(old, {**old, "c": False, "g": 1}) == ["x/c", "x/g"]
-    assert places({"a": 1, "b": True}, {"a": 1.0, "b": 1}) == ["x/a", "x/b"]
+    assert places(old, {**old, "a": [1.0 + 1e-8, {"b": -2.0}]}) == ["x.a"]
+    assert places(old, {**old, "a": [1.0, {"b": 2.0}]}) == ["x.a"]
+    assert places(old, {**old, "a": [1.0]}) == ["x.a"]
+    assert places(old, {**old, "d": "other", "e": 0.0, "f": 1e-6}) == ["x.d", "x.e", "x.f"]
+    assert places(old, {**old, "c": False, "i": 1, "g": {}}) == ["x.c", "x.g.h", "x.i"]
+    assert places({"a": 1, "b": True}, {"a": 1.0, "b": 1}) == ["x.a", "x.b"]
 
 
 def test_arrays_may_differ_by_rounding_of_their_largest_entry():
     old = np.array([1e-12, 0.0, 4.0])
     assert places(old, old + 1e-9) == []
-    [finding] = differences(old, old + np.array([0, 1e-8, 0]), "w")
-    assert finding == Finding("w", 0.0, 1e-8)
+    [(place, values)] = differences(old, old + np.array([0, 1e-8, 0]), "w", alike).items()
+    assert described(place, *values).splitlines() == ["w", "  was 0.0", "  is  1e-08"]
     assert places(old, np.array([1e-12, np.nan, 4.0])) == ["x"]
     assert places(old, old.astype(np.float32)) == ["x"]
     assert places(old, old[:2]) == ["x"]
-    assert places({"w": old}, {}) == ["x/w"]
+    assert places({"w": old}, {}) == ["x.w"]
 
 
 def test_cases_are_one_run_per_kind_and_show_every_dataset(params):
     settings = {run: params.resolve(run, "mini").values for run in params.runs}
-    chosen = cases(settings)
+    chosen = cases(params, params.runs)
     kinds = [
         tuple(settings[run][key] for key in ("model", "loss", "projector", "optimizer")) for run in chosen
     ]
@@ -66,15 +67,9 @@ def test_a_tree_keeps_its_results_apart_and_runs_its_own_code(tmp_path):
     with tree.folder() as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["mscs"]
         assert tree.run(folder, [["mscs", "0", "a"]]) == [(0, "False ['0', 'a']\n", "no")]
-        with pytest.raises(MscsError, match=r"`mscs 3` failed: no"):
-            tree.run(folder, [["mscs", "0"], ["mscs", "3"]])
-        assert [code for code, _, _ in tree.run(folder, [["mscs", "3"], ["mscs", "0"]], refusals=True)] == [
-            3,
-            0,
-        ]
-        [(code, _, err)] = tree.run(folder, [["mscs", "x"]], refusals=True)
-        assert code == 1
-        assert err.splitlines()[-1].startswith("ValueError: invalid literal for int()")
+        outcomes = tree.run(folder, [["mscs", "3"], ["mscs", "0"], ["mscs", "x"]])
+        assert [code for code, _, _ in outcomes] == [3, 0, 1]
+        assert outcomes[-1][2].splitlines()[-1].startswith("ValueError: invalid literal for int()")
         with pytest.raises(MscsError, match="could not be run"):
             Tree(tmp_path, python="false").run(folder, [["mscs", "0"]])
     assert not folder.exists()
@@ -82,17 +77,17 @@ def test_a_tree_keeps_its_results_apart_and_runs_its_own_code(tmp_path):
 
 def test_intended_differences_are_listed_and_all_others_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    found = [Finding("show/mini/x=[5]/new_key", None, 1), Finding("run/weights/w", 1.0, 2.0)]
-    monkeypatch.setattr(trees, "compare_trainings", lambda pair, runs: found)
+    found = {"answers.x=[5].new_key": [None, 1], "run.weights.w": [1.0, 2.0]}
+    monkeypatch.setattr(trees, "compare_trainings", lambda pair, params, runs: found)
     monkeypatch.setattr(trees, "LISTS", tmp_path / "trees.yaml")
-    trees.LISTS.write_text("intended: {'show/*x=[5]/new_key': a new setting}\nmistakes: []\n")
+    trees.LISTS.write_text("intended: {'answers.*x=[5].new_key': a new setting}\nmistakes: []\n")
     assert main(["compare-trees", "HEAD", "--cases", "run"]) == 1
     said = capsys.readouterr().out
     assert said == (
-        "show/*x=[5]/new_key: 1 differences on purpose\nrun/weights/w\n  was 1.0\n  is  2.0\n"
+        "answers.*x=[5].new_key: 1 differences on purpose\nrun.weights.w\n  was 1.0\n  is  2.0\n"
         "1 differences that are not on purpose\n"
     )
-    found.pop()
+    found.pop("run.weights.w")
     assert main(["compare-trees", "HEAD", "--cases", "run"]) == 0
 
 
@@ -115,19 +110,25 @@ def test_a_commit_is_like_itself_and_unlike_an_edit(copy_project, monkeypatch):
     project = copy_project(small=True)
     monkeypatch.chdir(project)
     run = ["cadis-ocrnet-r50-ce"]
-    assert compare_trees("HEAD", run)[0] == []
+    assert compare_trees("HEAD", run)[0] == {}
     optim = Path("mscs/optim.py")
     text = optim.read_text()
     schedule = "return lr * exp_decay"
     assert text.count(schedule) == 1
     optim.write_text(text.replace(schedule, "return lr * (1 + 1e-5) * exp_decay"))
     unlike, _ = compare_trees("HEAD", run)
-    places = {finding.where.split("/")[1] for finding in unlike}
-    assert places >= {"weights", "losses.csv"}
+    assert {place.split(".")[1] for place in unlike} >= {"weights", "losses"}
 
 
 @pytest.mark.slow
-def test_every_mistake_is_one(monkeypatch):
+def test_every_mistake_is_one_and_every_other_line_is_answered(monkeypatch):
     monkeypatch.chdir(ROOT)
-    answers = trees.refusals(Tree(ROOT))
-    assert [answer for answer in answers.values() if not re.match("exit code [12]: .*error: ", answer)] == []
+    found = trees.answers(Tree(ROOT), ROOT / "results", ["cadis-ocrnet-r50-ce"])
+    mistakes = yaml.safe_load((ROOT / trees.LISTS).read_text())["mistakes"]
+    assert [
+        line for line in mistakes if not re.match("exit code [12]: (.*error: |  split )", found[line])
+    ] == []
+    others = {line: answer for line, answer in found.items() if line not in mistakes}
+    assert not [line for line, answer in others.items() if re.match("exit code [^0]", str(answer))]
+    shown = others["mscs show cadis-ocrnet-r50-ce --json --profile paper --set recipe=code"]
+    assert shown["recipe"] == "code"
