@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.datasets import DATASETS
-from mscs.params import Params
-from mscs.results import read_json, write_text
+from mscs.results import write_text
 from reproduce import ledger
 from reproduce.cells import cells
 from reproduce.rendering import render
@@ -20,41 +19,43 @@ SHOWN = (
 WORST = 5
 
 
-def write_cards(params: Params, results: Results) -> list[Path]:
+def write_cards(results: Results) -> list[Path]:
     """Write a card for every evaluated run and every checked dataset of a profile; return their paths."""
     texts = {
-        f"model-{run}": model_card(run, params, results) for run in params.runs if results.evaluation(run)
+        f"model-{run}": model_card(run, results) for run in results.params.runs if results.evaluation(run)
     }
-    manifests = {name: results.root / "data" / f"{name}.json" for name in DATASETS}
+    manifests = {name: results.read(f"data/{name}.json") for name in DATASETS}
     texts |= {
-        f"data-{name}": data_card(name, read_json(path), results.stamp)
-        for name, path in manifests.items()
-        if path.exists()
+        f"data-{name}": data_card(name, found, results.stamp) for name, found in manifests.items() if found
     }
-    paths = [results.root / "cards" / f"{name}.md" for name in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
+    paths = {results.root / "cards" / f"{name}.md": text for name, text in texts.items()}
+    for path, text in paths.items():
         write_text(path, text)
-    return paths
+    return list(paths)
 
 
-def model_card(run: str, params: Params, results: Results) -> str:
+def model_card(run: str, results: Results) -> str:
     """Return the card of one evaluated run."""
-    evaluation = results.evaluation(run) or {}
-    record = results.record(run)
-    resolved = params.resolve(run, results.profile)
+    evaluation, record = results.evaluation(run) or {}, results.record(run)
+    resolved = results.params.resolve(run, results.profile)
     # what it was trained with, which may no longer be what params.yaml says
     settings = record.get("settings") or resolved.values
+    scores = {mode: evaluation[mode] for mode in ("ss", "ms") if mode in evaluation}
+    seed = next(iter(next(iter(scores.values()))["seeds"].values()))
+    by_class = zip(seed["class_iou"], evaluation["classes"], strict=True)
     facts = {
         "run": run,
         "stamp": results.stamp,
         "majority": evaluation["majority_miou"],
-        "scores": [[mode, *_score(evaluation[mode])] for mode in ("ss", "ms") if mode in evaluation],
+        "scores": [[mode, _mean(found), found["n"]] for mode, found in scores.items()],
         "published": [
             [cell.table, cell.row, cell.column, *filled_texts(results.fill(cell))]
             for cell in cells()
             if cell.run == run
         ],
-        "weakest": _weakest(evaluation),
+        "weakest": [
+            [name, f"{iou:.1f}"] for iou, name in sorted(x for x in by_class if x[0] is not None)[:WORST]
+        ],
         "settings": [
             [key, _text(settings[key]), resolved.sources.get(key, "")] for key in SHOWN if key in settings
         ],
@@ -79,19 +80,13 @@ def data_card(name: str, manifest: Mapping[str, Any], stamp: str) -> str:
     return render("data_card.md.j2", facts)
 
 
-def _score(record: Mapping[str, Any]) -> tuple[str, int]:
-    spread = "" if record["std"] is None else f" ± {record['std']:.2f}"
-    return f"{record['miou']:.2f}{spread}", record["n"]
-
-
-def _weakest(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    mode = evaluation["ss"] if "ss" in evaluation else evaluation["ms"]
-    scores = next(iter(mode["seeds"].values()))["class_iou"]
-    named = [(iou, name) for iou, name in zip(scores, evaluation["classes"], strict=True) if iou is not None]
-    return [[name, f"{iou:.1f}"] for iou, name in sorted(named)[:WORST]]
+def _mean(record: Mapping[str, Any]) -> str:
+    return f"{record['miou']:.2f}" + ("" if record["std"] is None else f" ± {record['std']:.2f}")
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else str("-" if value is None else value)
+    )

@@ -11,11 +11,13 @@ from typing import Any
 
 from mscs.command_line import add_command, run_command
 from mscs.errors import UsageError, unknown_name
-from mscs.params import Params, load_params
-from mscs.paths import RESULTS, resolve_all, resolved_path
-from mscs.results import write_json, write_text
+from mscs.params import load_params
+from mscs.paths import RESULTS, resolved_path
+from mscs.results import write_json
 from reproduce.cells import TABLES, cells
 from reproduce.pipeline import ROOT_FILE, ROWS_FILE, Pipeline
+from reproduce.rendering import markdown_table
+from reproduce.tables import Results
 from reproduce.workers import devices, side_by_side, visible_gpus
 
 
@@ -55,7 +57,6 @@ def _add_pipeline(commands: Any) -> None:
     text = "say what a target costs here, and start nothing"
     plan = add_command(commands, "plan", _plan, text, as_json=True)
     plan.add_argument("target", nargs="*", help="as for run (default: all)")
-    plan.add_argument("--table", action="append", default=[], help="the same as naming the table")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
     plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
 
@@ -123,31 +124,18 @@ def _add_measurements(commands: Any) -> None:
     calibrate.add_argument("--ss", action="store_true", help="single scale only")
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
-    text = "count the parameters of every network, without allocating weights"
-    add_command(commands, "params", _parameters, text)
 
-
-def _profile(args: argparse.Namespace, params: Params) -> str:
-    """Return the profile that was asked for, or the current one."""
+def _results(args: argparse.Namespace) -> Results:
+    """Return the results of the profile that was asked for, or of the current one."""
+    params = load_params()
     profile = args.profile or params.profile
     if profile not in params.profiles:
         raise UsageError(unknown_name("profile", profile, params.profiles))
-    return profile
+    return Results(profile)
 
 
-def _plan(args: argparse.Namespace) -> None:
-    from reproduce import plan
-
-    gpus = max(1, len(visible_gpus())) if args.gpus is None else args.gpus
-    if gpus < 1:
-        raise UsageError("--gpus takes a number from 1")
-    params = load_params()
-    _, runs = Pipeline(params).wanted([*args.target, *args.table])
-    if args.measure:
-        plan.measure([params.resolve(run).settings for run in runs])
-    device = plan.device_name()
-    document = plan.document(plan.costs(params, runs, device), device, gpus)
-    print(json.dumps(document, indent=1) if args.json else plan.text(document))
+def _print(document: Any, text: str, *, as_json: bool) -> None:
+    print(json.dumps(document, indent=1) if as_json else text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -157,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "dvc", "repro", *stages]
     if args.keep_going:
         command.append("--keep-going")
-    environment = {**os.environ, "MSCS_FRESH": "1"} if args.fresh else None
+    environment = {**os.environ, **({"MSCS_FRESH": "1"} if args.fresh else {})}
     try:
         if args.gpus is not None or args.jobs is not None:
             workers = devices(args.gpus, args.jobs)
@@ -174,86 +162,32 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def _cells(args: argparse.Namespace) -> None:
-    keys = ("table", "row", "column", "paper", "source", "run")
-    rows = [{key: getattr(cell, key) for key in keys} for cell in cells()]
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        paper = "-" if row["paper"] is None else row["paper"]
-        print(f"{row['table']:3} {row['row']:50} {row['column']:16} {paper!s:>6}  {row['run'] or '(cited)'}")
+def _plan(args: argparse.Namespace) -> None:
+    from reproduce import plan
 
-
-def _tables(args: argparse.Namespace) -> None:
-    from reproduce.settings_tables import DATASETS, write_settings_table
-    from reproduce.tables import Results, write_table
-
+    gpus = max(1, len(visible_gpus())) if args.gpus is None else args.gpus
+    if gpus < 1:
+        raise UsageError("--gpus takes a number from 1")
     params = load_params()
-    results = Results(_profile(args, params))
-    known = [*TABLES, *DATASETS]
-    for table in args.table or known:
-        if table not in known:
-            raise UsageError(unknown_name("table", table, known))
-        if table in DATASETS:
-            write_settings_table(table, params, results)
-        else:
-            write_table(table, results)
-    print(f"tables: {(results.root / 'tables').resolve()}")
+    _, runs = Pipeline(params).wanted(args.target)
+    if args.measure:
+        plan.measure([params.resolve(run).settings for run in runs])
+    device = plan.device_name()
+    document = plan.document(plan.costs(params, runs, device), device, gpus)
+    _print(document, plan.text(document), as_json=args.json)
 
 
-def _report(args: argparse.Namespace) -> None:
-    from reproduce.report import write_report
+def _resolve(args: argparse.Namespace) -> None:
+    from reproduce.stages import resolve
 
-    profile = _profile(args, load_params())
-    write_report(profile, RESULTS / profile)
-    print(f"report: {(RESULTS / profile / 'report.html').resolve()}")
-
-
-def _cards(args: argparse.Namespace) -> None:
-    from reproduce.cards import write_cards
-    from reproduce.tables import Results
-
-    params = load_params()
-    results = Results(_profile(args, params))
-    written = write_cards(params, results)
-    print(f"{len(written)} cards: {(results.root / 'cards').resolve()}")
+    profile = _results(args).profile
+    resolve(profile, check=False)
+    print(resolved_path(profile))
 
 
-def _ledger(args: argparse.Namespace) -> None:
-    from reproduce.ledger import rows, switched
-
-    params = load_params()
-    if args.run is not None:
-        params.run_info(args.run)
-    found = rows(args.run, args.recipe)
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(f"recipe {args.recipe}: {params.about(args.recipe)}")
-    print(f"entries taken otherwise than by recipe paper: {', '.join(switched(args.recipe)) or 'none'}\n")
-    for row in found:
-        print(f"{row['id']}\n  {row['sources']}\n  taken by recipe {args.recipe}: {row['taken']}", end="")
-        print(f" ({row['switch']})" if row["switch"] else "", f"\n  {row['why']}\n")
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from reproduce.tables import Results
-    from reproduce.verify import verify
-
-    outcome = verify(Results(_profile(args, load_params())))
-    write_json(outcome.path.with_suffix(".json"), outcome.document)
-    write_text(outcome.path.with_suffix(".md"), outcome.markdown)
-    print(json.dumps(outcome.document, indent=1) if args.json else outcome.markdown)
-    return outcome.exit_code
-
-
-def _compare(args: argparse.Namespace) -> None:
-    from reproduce.compare import as_text, compare, open_revision
-
-    with open_revision(args.first) as first, open_revision(args.second) as second:
-        document = compare(first, second, args.profile)
-    print(json.dumps(document, indent=1) if args.json else as_text(document))
+def _pipeline(_args: argparse.Namespace) -> None:
+    Pipeline(load_params()).write()
+    print(f"{ROOT_FILE} {ROWS_FILE}")
 
 
 def _accept(args: argparse.Namespace) -> None:
@@ -278,12 +212,73 @@ def _compare_trees(args: argparse.Namespace) -> int:
     return int(bool(unexpected))
 
 
+def _cells(args: argparse.Namespace) -> None:
+    keys = ("table", "row", "column", "paper", "source", "run")
+    rows = [{key: getattr(cell, key) for key in keys} for cell in cells()]
+    shown = [["-" if row[key] is None else row[key] for key in keys if key != "source"] for row in rows]
+    header = [key for key in keys if key != "source"]
+    _print(rows, markdown_table(header, shown, aligned=True), as_json=args.json)
+
+
+def _tables(args: argparse.Namespace) -> None:
+    from reproduce.settings_tables import DATASETS, write_settings_table
+    from reproduce.tables import write_table
+
+    results = _results(args)
+    known = [*TABLES, *DATASETS]
+    for table in args.table or known:
+        if table not in known:
+            raise UsageError(unknown_name("table", table, known))
+        (write_settings_table if table in DATASETS else write_table)(table, results)
+    print(f"tables: {(results.root / 'tables').resolve()}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from reproduce.report import write_report
+
+    print(f"report: {write_report(_results(args)).resolve()}")
+
+
+def _cards(args: argparse.Namespace) -> None:
+    from reproduce.cards import write_cards
+
+    results = _results(args)
+    print(f"{len(write_cards(results))} cards: {(results.root / 'cards').resolve()}")
+
+
+def _ledger(args: argparse.Namespace) -> None:
+    from reproduce import ledger
+
+    params = load_params()
+    if args.run is not None:
+        params.run_info(args.run)
+    rows = ledger.rows(args.run, args.recipe)
+    text = f"recipe {args.recipe}: {params.about(args.recipe)}\n{ledger.text(rows, args.recipe)}"
+    _print(rows, text, as_json=args.json)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from reproduce.verify import verify
+
+    outcome = verify(_results(args))
+    outcome.write()
+    _print(outcome.document, outcome.markdown, as_json=args.json)
+    return outcome.exit_code
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from reproduce.compare import as_text, compare, open_revision
+
+    with open_revision(args.first) as first, open_revision(args.second) as second:
+        document = compare(first, second, args.profile)
+    _print(document, as_text(document), as_json=args.json)
+
+
 def _memory(args: argparse.Namespace) -> None:
     from reproduce.memory import measure_on_gpu
 
-    params = load_params()
-    path = RESULTS / _profile(args, params) / "memory.json"
-    document = measure_on_gpu(params)
+    path = _results(args).root / "memory.json"
+    document = measure_on_gpu(load_params())
     write_json(path, document)
     for run, row in document["runs"].items():
         print(f"{run:42} dense {row['dense_gb']!s:>6}  this package {row['ours_gb']!s:>6} GiB")
@@ -308,28 +303,3 @@ def _calibrate(args: argparse.Namespace) -> int:
             write_json(RESULTS / "calibration" / f"{args.name}.json", document)
             print(as_text(args.name, document))
     return int(not all(row["agrees"] for row in document["scores"].values()))
-
-
-def _resolve(args: argparse.Namespace) -> None:
-    params = load_params()
-    profile = _profile(args, params)
-    path = resolved_path(profile)
-    write_json(path, resolve_all(params, profile))
-    print(path)
-
-
-def _parameters(_args: argparse.Namespace) -> None:
-    from reproduce.tables import parameter_count
-
-    params = load_params()
-    counted: dict[str, str] = {}
-    for run in params.runs:
-        info = params.run_info(run)
-        counted.setdefault(f"{info['dataset']:15} {info['model']:10} {info['backbone']}", run)
-    for network, run in counted.items():
-        print(f"{parameter_count(params, run) / 1e6:8.2f} M  {network}")
-
-
-def _pipeline(_args: argparse.Namespace) -> None:
-    Pipeline(load_params()).write()
-    print(f"{ROOT_FILE} {ROWS_FILE}")

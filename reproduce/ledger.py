@@ -1,6 +1,6 @@
 """The ledger: where the sources disagree, what each recipe takes, and which entries touch a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache
@@ -59,3 +59,13 @@ def rows(run: str | None = None, recipe: str = "paper") -> list[dict[str, str]]:
         for entry in entries()
         if run is None or entry.touches(run)
     ]
+
+
+def text(found: Sequence[Mapping[str, str]], recipe: str) -> str:
+    """Return entries, as `rows` gives them, for people."""
+    lines = [f"entries taken otherwise than by recipe paper: {', '.join(switched(recipe)) or 'none'}\n"]
+    for row in found:
+        switch = f" ({row['switch']})" if row["switch"] else ""
+        lines += [row["id"], f"  {row['sources']}", f"  taken by recipe {recipe}: {row['taken']}{switch}"]
+        lines.append(f"  {row['why']}\n")
+    return "\n".join(lines)

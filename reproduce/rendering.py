@@ -8,6 +8,13 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
+from mscs.results import write_text
+
+LATEX = {"~": r"$\sim$", "±": r"$\pm$", "×": r"$\times$", "†": r"$^\dagger$"}
+LATEX |= {character: f"\\{character}" for character in "%#_&"}
+LATEX |= {digit: f"$^{power}$" for digit, power in zip("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789", strict=True)}
+"""What has a meaning in LaTeX or is missing there, and how to write it."""
+
 
 def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]], *, aligned: bool = False) -> str:
     """Return a table in Markdown; `aligned` pads its columns for a terminal. Without rows it is empty."""
@@ -40,9 +47,7 @@ def csv_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 def latex_table(title: str, stamp: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a LaTeX table environment (package booktabs) with title and stamp as its caption."""
-    escapes = str.maketrans(
-        {"%": r"\%", "#": r"\#", "_": r"\_", "&": r"\&", "~": r"$\sim$", "±": r"$\pm$", "†": r"$^\dagger$"}
-    )
+    escapes = str.maketrans(LATEX)
     head, *lines = (" & ".join(text.translate(escapes) for text in row) + r" \\" for row in (header, *rows))
     return "\n".join(
         [
@@ -55,6 +60,22 @@ def latex_table(title: str, stamp: str, header: Sequence[str], rows: Sequence[Se
             "",
         ]
     )
+
+
+def write_table_files(
+    path: Path,
+    title: str,
+    stamp: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *further: str,
+    plain: Sequence[Sequence[str]] | None = None,
+) -> None:
+    """Write a table as `path`.md, with `further` blocks below it, .csv, with the rows `plain`, and .tex."""
+    page = markdown_page(f"### {title}", f"*{stamp}*", markdown_table(header, rows), *further)
+    write_text(path.with_suffix(".md"), page)
+    write_text(path.with_suffix(".csv"), csv_table(header, plain or rows))
+    write_text(path.with_suffix(".tex"), latex_table(title, stamp, header, rows))
 
 
 def render(template: str, facts: dict[str, Any]) -> str:

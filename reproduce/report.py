@@ -8,14 +8,14 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mscs.blocks import keys
-from mscs.params import Params, load_params
+from mscs.params import Params
 from mscs.results import read_json, write_text
-from mscs.settings import Loss, Settings
+from mscs.settings import Loss
 from reproduce import ledger, settings_tables
 from reproduce.cells import FIGURE_RUNS, TABLES, TSNE_RUNS, cells, claims, table_block
 from reproduce.curves import draw_losses
@@ -32,9 +32,9 @@ NETWORKS = {
 }
 
 
-def write_report(profile: str, folder: Path) -> None:
-    """Write report.html into `folder`, the profile's results folder, from what lies there."""
-    params, results = load_params(), Results(profile, folder.parent)
+def write_report(results: Results) -> Path:
+    """Write report.html into the profile's results folder, from what lies there; return its path."""
+    params, folder = results.params, results.root
     runs = sorted(path.name for path in (folder / "runs").glob("*") if path.is_dir())
     records = {run: record for run in runs if (record := results.record(run))}
     pairs = compared_runs(params, runs)
@@ -44,7 +44,7 @@ def write_report(profile: str, folder: Path) -> None:
     pictures = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
     separation = results.read("figures/fig1.json")
     facts = {
-        "profile": profile,
+        "profile": results.profile,
         "stamp": results.stamp,
         "summary": summarise(tables),
         "tables": tables,
@@ -52,11 +52,15 @@ def write_report(profile: str, folder: Path) -> None:
         "memory": results.read("memory.json"),
         "memory_cells": [cell for cell in cells("2a") if cell.read == "memory"],
         "settings_stamp": settings_tables.stamp(params),
-        "settings": settings_views(params),
+        "settings_header": settings_tables.HEADER,
+        "settings": {
+            settings_tables.title(table): settings_tables.typeset_grid(table, params)
+            for table in settings_tables.DATASETS
+        },
         "networks": NETWORKS,
         "figures": {name: _address(path.read_bytes(), "png") for name, path in pictures.items()},
-        "picture": separation.get("picture"),
-        "separation": {run: spaces for run, spaces in separation.items() if run not in ("points", "picture")},
+        "picture": separation.pop("picture", None),
+        "separation": {run: spaces for run, spaces in separation.items() if run != "points"},
         "sheets": results.read("figures/qualitative.json"),
         "curves": [
             {"title": _pair_name(pair), "address": _address(found[0], "svg+xml"), "last": found[1]}
@@ -69,7 +73,9 @@ def write_report(profile: str, folder: Path) -> None:
         "provenance": provenance(folder, list(records.values())),
         "ledger": ledger_entries({run: records.get(run, {}) for run in runs}),
     }
-    write_text(folder / "report.html", render("report.html.j2", facts))
+    path = folder / "report.html"
+    write_text(path, render("report.html.j2", facts))
+    return path
 
 
 def compared_runs(params: Params, runs: Sequence[str]) -> list[tuple[str, str]]:
@@ -77,21 +83,18 @@ def compared_runs(params: Params, runs: Sequence[str]) -> list[tuple[str, str]]:
 
     Where several projectors were tried, the one of a figure or a claim, else the first in params.yaml.
     """
-    settings = {run: params.resolve(run, "paper").settings for run in params.runs if run in runs}
     chosen = {*FIGURE_RUNS.values(), TSNE_RUNS, *((claim.worse, claim.better) for claim in claims())}
-    rest = {run: _without_loss(found) for run, found in settings.items()}
-    pairs = []
-    for ce in (run for run in settings if settings[run].loss.name == "ce"):
-        fits = [run for run in settings if settings[run].loss.name == "ours" and rest[run] == rest[ce]]
-        if fits:
-            pairs.append((ce, max(fits, key=lambda run: (ce, run) in chosen)))
-    return pairs
-
-
-def _without_loss(settings: Settings) -> dict[str, Any]:
-    """Return what decides a training beside its loss."""
     ignored = {*keys(Loss), "run", "numerics"}
-    return {key: value for key, value in settings.identity("train").items() if key not in ignored}
+    by_rest: dict[str, dict[str, list[str]]] = {}
+    for run in (run for run in params.runs if run in runs):
+        settings = params.resolve(run, "paper").settings
+        rest = {key: value for key, value in settings.identity("train").items() if key not in ignored}
+        by_rest.setdefault(repr(rest), {}).setdefault(settings.loss.name, []).append(run)
+    return [
+        (ce, max(alike["ours"], key=lambda run: (ce, run) in chosen))
+        for alike in by_rest.values()
+        for ce in (alike["ce"] if "ours" in alike and "ce" in alike else ())
+    ]
 
 
 def read_table(name: str, results: Results) -> dict[str, Any] | None:
@@ -103,8 +106,8 @@ def read_table(name: str, results: Results) -> dict[str, Any] | None:
     if not path.exists():
         return None
     block = table_block(name)
-    _, *lines = csv.reader(io.StringIO(path.read_text()))
     first = len(block["header"])
+    _, *lines = csv.reader(io.StringIO(path.read_text()))
     return {
         "name": label(name),
         **{key: block[key] for key in ("title", "origin", "header")},
@@ -133,37 +136,23 @@ def summarise(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def settings_views(params: Params) -> list[dict[str, Any]]:
-    """Return title, header and rows of Tables 4 to 7: the paper's training settings, from params.yaml."""
-    views = []
-    for table in settings_tables.DATASETS:
-        rows = settings_tables.grid(
-            settings_tables.settings_rows(table, params), settings_tables.unicode_power, "×"
-        )
-        views.append({"title": settings_tables.title(table), "header": settings_tables.HEADER, "rows": rows})
-    return views
-
-
 def _address(picture: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def class_table(results: Results, baseline: str, ours: str) -> dict[str, Any] | None:
+def class_table(results: Results, *pair: str) -> dict[str, Any] | None:
     """Return per-class IoU in percent of a pair, single scale, means over seeds; None before evaluation."""
-    found = [record for run in (baseline, ours) if (record := results.evaluation(run)) and "ss" in record]
+    found = [record for run in pair if (record := results.evaluation(run)) and "ss" in record]
     if len(found) < 2:
         return None
-    values = (_class_means(record["ss"]) for record in found)
+    values = zip(*(_class_means(record["ss"]) for record in found), strict=True)
     rows = [
-        [name, *_compared(a, b)]
-        for name, a, b in zip(found[0]["classes"], *values, strict=True)
-        if a is not None or b is not None
+        [name, *_compared(*means)]
+        for name, means in zip(found[0]["classes"], values, strict=True)
+        if means != (None, None)
     ]
-    return {
-        "title": _pair_name((baseline, ours)),
-        "rows": rows,
-        "mean": ["mean", *_compared(*(record["ss"]["miou"] for record in found))],
-    }
+    mean = ["mean", *_compared(*(record["ss"]["miou"] for record in found))]
+    return {"title": _pair_name(pair), "rows": rows, "mean": mean}
 
 
 def _class_means(record: Mapping[str, Any]) -> list[float | None]:
@@ -173,36 +162,35 @@ def _class_means(record: Mapping[str, Any]) -> list[float | None]:
 
 
 def _compared(a: float | None, b: float | None) -> list[str]:
-    gain = BLANK if a is None or b is None else f"{b - a:+.1f}"
-    return [_number(a), _number(b), gain]
+    shown = [BLANK if value is None else f"{value:.1f}" for value in (a, b)]
+    return [*shown, BLANK if a is None or b is None else f"{b - a:+.1f}"]
 
 
-def _number(value: float | None) -> str:
-    return BLANK if value is None else f"{value:.1f}"
-
-
-def _pair_name(pair: tuple[str, str]) -> str:
+def _pair_name(pair: Sequence[str]) -> str:
     return " and ".join(pair)
 
 
 def provenance(folder: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Return what the results were made with: per kind the distinct values, with their runs."""
     resolved = folder / "resolved.json"
+    settings = hashlib.sha256(resolved.read_bytes()).hexdigest()[:16] if resolved.exists() else BLANK
     manifests = sorted((folder / "data").glob("*.json"))
-    found = {
-        "git commit": [_commit(record["git"]) for record in records],
-        "packages": [", ".join(f"{k} {v}" for k, v in record["packages"].items()) for record in records],
-        "environment digest": [record["environment"] for record in records],
-        "machine": [_machine(record["machine"]) for record in records],
-        "container image": [record["image"] for record in records if record.get("image")],
-    }
-    return {
-        "settings digest (resolved.json)": [
-            hashlib.sha256(resolved.read_bytes()).hexdigest()[:16] if resolved.exists() else BLANK
-        ],
+    found: dict[str, list[str]] = {
+        "settings digest (resolved.json)": [settings],
         "data digests": [f"{path.stem}: {read_json(path).get('digest', BLANK)}" for path in manifests],
-        **{kind: _distinct(values) for kind, values in found.items() if values},
     }
+    kinds: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+        "git commit": lambda record: _commit(record["git"]),
+        "packages": lambda record: ", ".join(f"{k} {v}" for k, v in record["packages"].items()),
+        "environment digest": lambda record: record["environment"],
+        "machine": lambda record: _machine(record["machine"]),
+        "container image": lambda record: record.get("image"),
+    }
+    for kind, text in kinds.items():
+        counts = Counter(value for value in map(text, records) if value)
+        if counts:
+            found[kind] = [x if len(counts) == 1 else f"{x} ({n} runs)" for x, n in counts.items()]
+    return found
 
 
 def _commit(state: Mapping[str, Any]) -> str:
@@ -212,11 +200,6 @@ def _commit(state: Mapping[str, Any]) -> str:
 def _machine(facts: Mapping[str, Any]) -> str:
     gpus = [f"{n} x {name}" for name, n in Counter(facts.get("gpus", [])).items()]
     return ", ".join([f"{facts['cpus']} x {facts['cpu']}", *gpus, facts["os"], f"Python {facts['python']}"])
-
-
-def _distinct(values: Iterable[str]) -> list[str]:
-    counts = Counter(values)
-    return [value if len(counts) == 1 else f"{value} ({n} runs)" for value, n in counts.items()]
 
 
 def ledger_entries(records: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

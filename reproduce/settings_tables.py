@@ -1,14 +1,14 @@
 """params.yaml -> Tables 4 to 7, the training settings, in the supplement's rows and columns."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from mscs.params import Params
-from mscs.results import write_text
 from mscs.settings import Settings
-from reproduce.rendering import csv_table, latex_table, markdown_page, markdown_table
+from reproduce.rendering import write_table_files
 from reproduce.tables import Results
 
 DATASETS = {
@@ -29,8 +29,6 @@ BACKBONES = {
     "swin_large": "Swin-L",
 }
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-Number = Callable[[float], str]
 
 
 def settings_rows(table: str, params: Params) -> list[Settings]:
@@ -54,37 +52,30 @@ def stamp(params: Params) -> str:
     return f"settings of profile paper, recipe {params.recipe}"
 
 
-def plain(value: float) -> str:
+def power(value: float) -> str:
     """Return 6e-5 for 0.00006 and - for 0."""
     digits, _, exponent = f"{value:e}".partition("e")
     return f"{float(digits):g}e{int(exponent)}" if value else "-"
 
 
-def unicode_power(value: float) -> str:
-    """Return 6×10⁻⁵ for 0.00006."""
-    digits, _, exponent = plain(value).partition("e")
-    power = f"10{exponent.translate(SUPERSCRIPTS)}" if exponent else ""
-    return power if digits == "1" else f"{digits}×{power}" if power else digits
+def typeset(text: str) -> str:
+    """Return 6×10⁻⁵ for 6e-5, 10⁻² for 1e-2 and 512×1024 for 512x1024."""
+    if found := re.fullmatch(r"(.+)e(-?\d+)", text):
+        power = f"10{found[2].translate(SUPERSCRIPTS)}"
+        return power if found[1] == "1" else f"{found[1]}×{power}"
+    return re.sub(r"(?<=\d)x(?=\d)", "×", text)
 
 
-def latex_power(value: float) -> str:
-    r"""Return $6\times10^{-5}$ for 0.00006."""
-    digits, _, exponent = plain(value).partition("e")
-    if not exponent:
-        return digits
-    return f"$10^{{{exponent}}}$" if digits == "1" else rf"${digits}\times10^{{{exponent}}}$"
-
-
-def grid(rows: Sequence[Settings], number: Number = plain, times: str = "x") -> list[list[str]]:
+def grid(rows: Sequence[Settings]) -> list[list[str]]:
     """Return the rows of a table as text: one per network, in the columns of `HEADER`."""
     return [
         [
             MODELS[row.model.name],
             BACKBONES[row.model.backbone.partition(".")[0].partition("_patch")[0]],
-            times.join(map(str, row.schedule.crop_size)),
-            number(row.schedule.lr),
+            "x".join(map(str, row.schedule.crop_size)),
+            power(row.schedule.lr),
             row.schedule.lr_schedule.name,
-            number(row.schedule.weight_decay),
+            power(row.schedule.weight_decay),
             f"{row.schedule.batch_size}/{row.schedule.steps / 1000:g}K",
             row.schedule.optimizer.name.upper(),
         ]
@@ -92,13 +83,13 @@ def grid(rows: Sequence[Settings], number: Number = plain, times: str = "x") -> 
     ]
 
 
-def write_settings_table(table: str, params: Params, results: Results) -> None:
+def typeset_grid(table: str, params: Params) -> list[list[str]]:
+    """Return the rows of one of Tables 4 to 7 for readers."""
+    return [[typeset(text) for text in row] for row in grid(settings_rows(table, params))]
+
+
+def write_settings_table(table: str, results: Results) -> None:
     """Write one of Tables 4 to 7 as Markdown, CSV and LaTeX into results/<profile>/tables."""
-    rows = settings_rows(table, params)
-    path = results.root / "tables" / f"{table}.md"
-    heading, origin = title(table), stamp(params)
-    shown = markdown_table(HEADER, grid(rows, unicode_power, "×"))
-    write_text(path, markdown_page(f"### {heading}", f"*{origin}*", shown))
-    write_text(path.with_suffix(".csv"), csv_table(HEADER, grid(rows)))
-    latex = grid(rows, latex_power, r"$\times$")
-    write_text(path.with_suffix(".tex"), latex_table(heading, origin, HEADER, latex))
+    path, params = results.root / "tables" / table, results.params
+    rows, plain = typeset_grid(table, params), grid(settings_rows(table, params))
+    write_table_files(path, title(table), stamp(params), HEADER, rows, plain=plain)

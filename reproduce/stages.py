@@ -34,10 +34,14 @@ if TYPE_CHECKING:
     from reproduce.trained import TrainedRun
 
 
-def resolve(profile: str) -> None:
-    """Write results/<profile>/resolved.json, which every other stage's hash is made of."""
+def resolve(profile: str, *, check: bool = True) -> None:
+    """Write results/<profile>/resolved.json, which every other stage's hash is made of.
+
+    check: whether the pipeline files must fit params.yaml.
+    """
     params = load_params()
-    Pipeline(params).check()
+    if check:
+        Pipeline(params).check()
     write_json(resolved_path(profile), resolve_all(params, profile))
 
 
@@ -108,8 +112,9 @@ def qualitative(profile: str) -> None:
 def report(profile: str) -> None:
     """Write report.html."""
     from reproduce.report import write_report
+    from reproduce.tables import Results
 
-    write_report(profile, RESULTS / profile)
+    write_report(Results(profile))
 
 
 VERBS: dict[str, Callable[..., int | None]] = {

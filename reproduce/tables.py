@@ -12,9 +12,9 @@ from mscs.datasets import DATASETS
 from mscs.errors import MscsError
 from mscs.params import Params, load_params
 from mscs.paths import RESULTS
-from mscs.results import join_seeds, read_json, write_json, write_text
+from mscs.results import join_seeds, read_json, write_json
 from reproduce.cells import Cell, Claim, cells, claims, row_cells, table_block
-from reproduce.rendering import csv_table, latex_table, markdown_list, markdown_page, markdown_table
+from reproduce.rendering import markdown_list, write_table_files
 
 MINI_STAMP = "profile mini: generated data, tiny networks, not comparable with the paper"
 PAPER_STAMP = "profile paper"
@@ -187,19 +187,14 @@ def parameter_count(params: Params, run: str) -> int:
     """Return the number of parameters of a run's full-size network, counted without allocating weights."""
     import torch
 
+    from mscs.build import network
     from mscs.datasets import label_set
-    from mscs.models import build_model, count_parameters
+    from mscs.models import count_parameters
 
     settings = params.resolve(run, "paper").settings
     with torch.device("meta"):
-        model = build_model(
-            settings.model.name,
-            settings.model.backbone,
-            label_set(settings.data.name, settings.data.task).num_classes,
-            projector=settings.loss.projector,
-            **settings.model.options,
-        )
-    return count_parameters(model)
+        labels = label_set(settings.data.name, settings.data.task)
+        return count_parameters(network(settings, labels.num_classes, seed=None))
 
 
 def label(table: str) -> str:
@@ -215,17 +210,20 @@ def directions(results: Results, *tables: str) -> list[Direction]:
 def write_table(table: str, results: Results) -> None:
     """Write one table in all formats into results/<profile>/tables."""
     block = table_block(table)
-    grid = header(block), body(table, results)
     path = results.root / "tables" / f"{table}.md"
-    title = f"{label(table)}. {block['title']}"
     found = directions(results, table)
     judged = [
         f"{one.claim.text}: {one.status}" + ("" if one.gap is None else f" ({one.gap:+.1f})") for one in found
     ]
-    parts = markdown_list("Directions that the paper reports:", judged), markdown_list("Notes:", notes(table))
-    write_text(path, markdown_page(f"### {title}", f"*{results.stamp}*", markdown_table(*grid), *parts))
-    write_text(path.with_suffix(".csv"), csv_table(*grid))
-    write_text(path.with_suffix(".tex"), latex_table(title, results.stamp, *grid))
+    write_table_files(
+        path,
+        f"{label(table)}. {block['title']}",
+        results.stamp,
+        header(block),
+        body(table, results),
+        markdown_list("Directions that the paper reports:", judged),
+        markdown_list("Notes:", notes(table)),
+    )
     write_json(path.with_suffix(".json"), as_metrics(table, results, found))
 
 
@@ -240,11 +238,9 @@ def body(table: str, results: Results) -> list[list[str]]:
     block = table_block(table)
     rows = []
     for row in block["rows"]:
-        filled = dict(row_cells(table, row))
-        texts = [str(part) for part in row["row"]]
-        for key in block["columns"]:
-            texts += filled_texts(results.fill(filled[key])) if key in filled else ["", "", "", ""]
-        rows.append(texts)
+        filled = {key: filled_texts(results.fill(cell)) for key, cell in row_cells(table, row)}
+        texts = [filled.get(key, ["", "", "", ""]) for key in block["columns"]]
+        rows.append([*map(str, row["row"]), *itertools.chain(*texts)])
     return rows
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reproduce.cells import cells
+from mscs.results import write_json, write_text
+from reproduce.cells import Cell, cells
 from reproduce.rendering import markdown_page, markdown_table
 from reproduce.tables import Results, directions, standard_error
 
@@ -26,6 +27,11 @@ class Outcome:
     markdown: str
     exit_code: int
 
+    def write(self) -> None:
+        """Write verify.json and verify.md."""
+        write_json(self.path.with_suffix(".json"), self.document)
+        write_text(self.path.with_suffix(".md"), self.markdown)
+
 
 def verify(results: Results) -> Outcome:
     """Compare all cells and claims of one profile with the paper."""
@@ -37,10 +43,35 @@ def verify(results: Results) -> Outcome:
     failed = results.profile != "mini" and not statuses.isdisjoint({"not reproduced", "contradicted"})
     facts = {"profile": results.profile, "stamp": results.stamp}
     document = {**facts, "claims": claim_rows, "cells": cell_rows}
-    return Outcome(results.root / "verify", document, _markdown(results, cell_rows, claim_rows), int(failed))
+    gaps = [
+        [
+            row["table"],
+            row["claim"],
+            _shown(row["gap"], "{:+.2f}") + _shown(row["error"], " ± {:.2f}"),
+            row["status"],
+        ]
+        for row in claim_rows
+    ]
+    values = [
+        [
+            *(row[key] for key in ("table", "row", "column")),
+            "-" if row["paper"] is None else row["paper"],
+            _shown(row["ours"], "{:.1f}"),
+            _shown(row["difference"], "{:+.1f}"),
+            row["status"],
+        ]
+        for row in cell_rows
+    ]
+    page = markdown_page(
+        "# Verification",
+        f"*{results.stamp}*",
+        markdown_table(["table", "claim", "gap", "status"], gaps),
+        markdown_table(["table", "row", "column", "paper", "ours", "difference", "status"], values),
+    )
+    return Outcome(results.root / "verify", document, page, int(failed))
 
 
-def _cell_row(results: Results, cell: Any) -> dict[str, Any]:
+def _cell_row(results: Results, cell: Cell) -> dict[str, Any]:
     filled = results.fill(cell)
     status = {"off": "not reproduced", "not measured": "not run"}.get(filled.status, filled.status)
     error = standard_error(filled.ours)
@@ -59,30 +90,5 @@ def _cell_row(results: Results, cell: Any) -> dict[str, Any]:
     }
 
 
-def _markdown(results: Results, cell_rows: list[dict[str, Any]], claim_rows: list[dict[str, Any]]) -> str:
-    gaps = [
-        [
-            row["table"],
-            row["claim"],
-            ("" if row["gap"] is None else f"{row['gap']:+.2f}")
-            + ("" if row["error"] is None else f" ± {row['error']:.2f}"),
-            row["status"],
-        ]
-        for row in claim_rows
-    ]
-    values = [
-        [
-            *(row[key] for key in ("table", "row", "column")),
-            "-" if row["paper"] is None else row["paper"],
-            f"{row['ours']:.1f}" if isinstance(row["ours"], float) else row["ours"] or "",
-            "" if row["difference"] is None else f"{row['difference']:+.1f}",
-            row["status"],
-        ]
-        for row in cell_rows
-    ]
-    return markdown_page(
-        "# Verification",
-        f"*{results.stamp}*",
-        markdown_table(["table", "claim", "gap", "status"], gaps),
-        markdown_table(["table", "row", "column", "paper", "ours", "difference", "status"], values),
-    )
+def _shown(value: float | str | None, form: str) -> str:
+    return form.format(value) if isinstance(value, float) else value or ""

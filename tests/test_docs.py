@@ -72,7 +72,7 @@ FEW = {
     "benchmarks/models.py": ["--rows", "cadis"],
     "benchmarks/step.py": ["--rows", "cadis", "--variants", "fp32 plain"],
 }
-IN_CLONE = {("dvc", "params"), ("dvc", "metrics"), ("reproduce", "compare"), ("reproduce", "params")}
+IN_CLONE = {("dvc", "params"), ("dvc", "metrics"), ("reproduce", "compare")}
 
 
 @dataclass(frozen=True)

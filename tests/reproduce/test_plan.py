@@ -109,7 +109,7 @@ def test_the_wall_time_is_that_of_the_device_which_ends_last():
 
 
 def test_the_command_prints_every_run_of_a_table(params, capsys):
-    assert command.main(["plan", "--table", "2b", "--json"]) == 0
+    assert command.main(["plan", "2b", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {run["run"] for run in document["runs"]} == set(table_runs("2b"))
     assert document["to_do"]["runs"] == len(document["runs"])

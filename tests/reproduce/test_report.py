@@ -15,7 +15,7 @@ from mscs.results import write_csv, write_json, write_text
 from reproduce.cells import TABLES, cells, table_block
 from reproduce.curves import draw_losses, mean_curve
 from reproduce.report import BLANK, class_table, compared_runs, write_report
-from reproduce.settings_tables import DATASETS, grid, settings_rows, stamp, title, unicode_power
+from reproduce.settings_tables import DATASETS, stamp, title, typeset_grid
 from reproduce.tables import MINI_STAMP, Results
 
 PAIR = ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours")
@@ -115,7 +115,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def html(folder: Path) -> str:
-    write_report("mini", folder)
+    write_report(Results("mini", folder.parent))
     return (folder / "report.html").read_text()
 
 
@@ -167,7 +167,7 @@ def test_directions_are_judged_in_profile_paper_only(folder, html):
     assert "Directions" not in html
     assert "no direction that the paper reports is judged" in html
     shutil.copytree(folder, folder.with_name("paper"))
-    write_report("paper", folder.with_name("paper"))
+    write_report(Results("paper", folder.parent))
     page = (folder.with_name("paper") / "report.html").read_text()
     # one direction of Table 2(b) is measured, +4.5 with a standard error of 1.1; all others are not run
     assert re.search(r"<dd>1\s*<small>of 1 measured", page)
@@ -212,7 +212,7 @@ def test_pairs_differ_in_the_loss_alone(params):
 
 def test_report_of_nothing_says_what_is_missing(tmp_path):
     (tmp_path / "paper").mkdir()
-    write_report("paper", tmp_path / "paper")
+    write_report(Results("paper", tmp_path))
     html = (tmp_path / "paper" / "report.html").read_text()
     Page(html)
     assert "Not made yet: 1a, 1b, 2a, 2b, 3." in html
@@ -229,7 +229,7 @@ def test_every_row_of_the_settings_is_in_the_report(html, params):
     assert stamp(params) in html
     for table in DATASETS:
         assert f"<summary>{title(table)}</summary>" in html
-        for row in grid(settings_rows(table, params), unicode_power, "×"):
+        for row in typeset_grid(table, params):
             heads, values = (f'<th scope="row">{text}</th>' for text in row[:2]), row[2:]
             assert "".join([*heads, *(f"<td>{text}</td>" for text in values)]) in html
 
@@ -247,7 +247,7 @@ def test_memory_of_each_row_stands_beside_the_dense_formulas_and_the_papers(fold
         for i, cell in enumerate(measured)
     }
     write_json(folder / "memory.json", {"device": "Some GPU", "cap_gb": 24.0, "runs": runs})
-    write_report("mini", folder)
+    write_report(Results("mini", folder.parent))
     html = (folder / "report.html").read_text()
     Page(html)
     assert "Measured on Some GPU, limited to 24 GiB." in html

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from reproduce.cli import main
-from reproduce.settings_tables import grid, latex_power, plain, settings_rows, unicode_power
+from reproduce.settings_tables import grid, power, settings_rows, typeset
 
 ROOT = Path(__file__).parents[2]
 # the supplement's rows, typed from it: model, backbone, crop, lr, decay, weight decay, batch/steps, optimiser
@@ -47,9 +47,9 @@ def test_both_losses_of_a_row_train_alike(params):
 
 
 def test_powers_of_ten():
-    assert [plain(x) for x in (6e-5, 1e-2, 0.0)] == ["6e-5", "1e-2", "-"]
-    assert [unicode_power(x) for x in (6e-5, 1e-2, 0.0)] == ["6×10⁻⁵", "10⁻²", "-"]
-    assert [latex_power(x) for x in (6e-5, 1e-2, 0.0)] == [r"$6\times10^{-5}$", "$10^{-2}$", "-"]
+    assert [power(x) for x in (6e-5, 1e-2, 0.0)] == ["6e-5", "1e-2", "-"]
+    shown = [typeset(text) for text in ("6e-5", "1e-2", "-", "512x1024", "HR48v2", "exp")]
+    assert shown == ["6×10⁻⁵", "10⁻²", "-", "512×1024", "HR48v2", "exp"]
 
 
 def test_the_command_writes_all_formats(tmp_path, monkeypatch, capsys):
@@ -60,6 +60,6 @@ def test_the_command_writes_all_formats(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results/mini/tables"
     assert sorted(path.name for path in folder.iterdir()) == ["5.csv", "5.md", "5.tex"]
     assert "| UPerNet | Swin-L | 640×640 | 6×10⁻⁵ | linear |" in (folder / "5.md").read_text()
-    assert r"640$\times$640 & $6\times10^{-5}$" in (folder / "5.tex").read_text()
+    assert r"640$\times$640 & 6$\times$10$^-$$^5$" in (folder / "5.tex").read_text()
     assert main(["tables", "8"]) == 2
     assert "unknown table '8'" in capsys.readouterr().err
