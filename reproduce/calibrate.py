@@ -83,18 +83,12 @@ def calibrate(
     predictor = Predictor(model, build.protocol(settings), device=world.device)
     rows = {}
     for mode, published in checkpoint.published.items():
-        if mode == "ms" and not multi_scale:
-            continue
-        confusion = count_pixels(predictor, dataset, settings, world, multi_scale=mode == "ms")
-        found = float(scores(confusion, settings.evaluation.absent_classes)["miou"])  # type: ignore[arg-type]
-        rows[mode] = judge(found, published, TOLERANCES[mode])
-    facts = {
-        "run": checkpoint.run,
-        "source": checkpoint.source,
-        "url": checkpoint.url,
-        "images": len(dataset),
-    }
-    return {**facts, **check_file(checkpoint, weights), "scores": rows}
+        if mode == "ss" or multi_scale:
+            confusion = count_pixels(predictor, dataset, settings, world, multi_scale=mode == "ms")
+            found: Any = scores(confusion, settings.evaluation.absent_classes)["miou"]
+            rows[mode] = judge(float(found), published, TOLERANCES[mode])
+    facts = {key: getattr(checkpoint, key) for key in ("run", "source", "url")}
+    return {**facts, "images": len(dataset), **check_file(checkpoint, weights), "scores": rows}
 
 
 def judge(found: float, published: float, tolerance: float) -> dict[str, Any]:

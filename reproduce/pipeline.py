@@ -21,8 +21,6 @@ from reproduce.cells import FIGURE_RUNS, TABLES, TSNE_RUNS, cells, table_runs
 
 ROOT_FILE = Path("dvc.yaml")
 ROWS_FILE = Path("reproduce/rows/dvc.yaml")
-FIGURES = {"fig1": "tsne", **dict.fromkeys(FIGURE_RUNS, "qualitative")}
-"""The stage that draws each figure."""
 PROFILE = "${item.profile}"
 RESULTS = f"results/{PROFILE}"
 RESOLVED = f"{RESULTS}/resolved.json"
@@ -68,25 +66,30 @@ class Pipeline:
     def __init__(self, params: Params):
         self.params = params
         self.seeds = {run: params.resolve(run).settings.seeds for run in params.runs}
+        self.default = default_runs(params)
 
     def files(self) -> dict[Path, dict[str, Any]]:
         """Return both pipeline files as documents."""
-        default, rows = default_runs(self.params), row_runs(self.params)
-        datasets = self.datasets(default)
+        rows = row_runs(self.params)
+        datasets = self.datasets(self.default)
         others = [name for name in self.datasets(rows) if name not in datasets]
-        root = {"resolve": _resolve(), "data": _data(datasets), **self._jobs(default)}
+        root = {"resolve": _resolve(), "data": _data(datasets), **self._jobs(self.default)}
         root |= {f"tables_{table}": self._table(table) for table in TABLES}
-        root |= {"tsne": self._tsne(), "qualitative": self._qualitative(), "report": self._report(default)}
+        pairs = [run for pair in FIGURE_RUNS.values() for run in pair]
+        root["tsne"] = self._figures("tsne", list(TSNE_RUNS), ["fig1"], "fig1.json")
+        root["qualitative"] = self._figures("qualitative", pairs, list(FIGURE_RUNS), "qualitative.json")
+        root["report"] = self._report()
         row_stages = {"data": _data(others), **self._jobs(rows)}
         for stage in row_stages.values():
             stage["wdir"] = "../.."
         for stage in (*root.values(), *row_stages.values()):
             # as it is: DVC would put a value of params.yaml into a shell command unchecked
             stage["matrix"] = {"profile": [self.params.profile], **stage["matrix"]}
-        return {
-            ROOT_FILE: {"stages": root, "plots": [self._loss_plot(default)]},
-            ROWS_FILE: {"stages": row_stages},
-        }
+        curves = [
+            path.replace(PROFILE, self.params.profile) for path in self._results(self.default, "losses.csv")
+        ]
+        plot = {"template": "linear", "title": "loss", "x": "step", "y": dict.fromkeys(curves, "loss")}
+        return {ROOT_FILE: {"stages": root, "plots": [{"losses": plot}]}, ROWS_FILE: {"stages": row_stages}}
 
     def write(self) -> None:
         """Write both pipeline files."""
@@ -108,7 +111,7 @@ class Pipeline:
 
     def stages_of(self, run: str) -> list[str]:
         """Return DVC's names of the stages of one run: train and evaluate, seed by seed."""
-        dataset, home = self.params.run_info(run)["dataset"], self._home(run in default_runs(self.params))
+        dataset, home = self.params.run_info(run)["dataset"], _home(run in self.default)
         return [
             f"{home}{verb}_{dataset}_seed{seed}@{self.params.profile}-{run}"
             for seed in self.seeds[run]
@@ -117,8 +120,7 @@ class Pipeline:
 
     def data_stage(self, dataset: str) -> str:
         """Return DVC's name of the stage of a dataset."""
-        home = self._home(dataset in self.datasets(default_runs(self.params)))
-        return f"{home}data@{self.params.profile}-{dataset}"
+        return f"{_home(dataset in self.datasets(self.default))}data@{self.params.profile}-{dataset}"
 
     def wanted(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return DVC's names of the stages that some targets ask for, and the runs that these need trained.
@@ -126,32 +128,20 @@ class Pipeline:
         Without targets that is everything but the rows: no stage by name, the runs of the report. Raises
         UsageError for an unknown target.
         """
-        found = [self._target(target) for target in targets]
-        stages = [stage for named, _ in found for stage in named]
-        runs = [run for _, needed in found for run in needed] if targets else default_runs(self.params)
-        return stages, list(dict.fromkeys(runs))
-
-    def _target(self, name: str) -> tuple[list[str], list[str]]:
-        params, profile = self.params, self.params.profile
-        if name in TABLES:
-            return [f"tables_{name}@{profile}"], table_runs(name)
-        if name in FIGURES:
-            return [f"{FIGURES[name]}@{profile}"], list(FIGURE_RUNS.get(name, TSNE_RUNS))
-        if name == "rows":
-            return [str(ROWS_FILE)], row_runs(params)
-        if name == "report":
-            return [f"report@{profile}"], default_runs(params)
-        if name in DATASETS:
-            return [self.data_stage(name)], []
-        if name in params.runs:
-            return self.stages_of(name)[1::2], [name]
-        accepted = [*TABLES, *FIGURES, *DATASETS, "rows", "report", *params.runs]
-        raise UsageError(unknown_name("target", name, accepted))
-
-    @staticmethod
-    def _home(default: bool) -> str:
-        """Return what DVC puts before the names of the stages of a file."""
-        return "" if default else f"{ROWS_FILE}:"
+        profile = self.params.profile
+        known = {table: ([f"tables_{table}@{profile}"], table_runs(table)) for table in TABLES}
+        known["fig1"] = [f"tsne@{profile}"], list(TSNE_RUNS)
+        known |= {figure: ([f"qualitative@{profile}"], list(pair)) for figure, pair in FIGURE_RUNS.items()}
+        known["rows"] = [str(ROWS_FILE)], row_runs(self.params)
+        known["report"] = [f"report@{profile}"], self.default
+        known |= {dataset: ([self.data_stage(dataset)], []) for dataset in DATASETS}
+        known |= {run: (self.stages_of(run)[1::2], [run]) for run in self.params.runs}
+        for target in targets:
+            if target not in known:
+                raise UsageError(unknown_name("target", target, known))
+        stages = [stage for target in targets for stage in known[target][0]]
+        runs = [run for target in targets for run in known[target][1]]
+        return stages, list(dict.fromkeys(runs)) if targets else self.default
 
     def _jobs(self, runs: list[str]) -> dict[str, Any]:
         """Return the train and evaluate stages, each a matrix over the runs of one dataset and seed.
@@ -171,63 +161,44 @@ class Pipeline:
     def _results(self, runs: Iterable[str], name: str) -> list[str]:
         return [f"{RESULTS}/runs/{run}/seed-{seed}/{name}" for run in runs for seed in self.seeds[run]]
 
-    def _first_weights(self, runs: Iterable[str]) -> list[str]:
-        return [_weights(run, self.seeds[run][0]) for run in runs]
-
     def _data_files(self, runs: Iterable[str]) -> list[str]:
         return [f"{RESULTS}/data/{dataset}.json" for dataset in self.datasets(runs)]
 
-    def _loss_plot(self, runs: list[str]) -> dict[str, Any]:
-        curves = {
-            path.replace(PROFILE, self.params.profile): "loss" for path in self._results(runs, "losses.csv")
-        }
-        return {"losses": {"template": "linear", "title": "loss", "x": "step", "y": curves}}
-
     def _table(self, table: str) -> dict[str, Any]:
-        folder = f"{RESULTS}/tables"
+        path = f"{RESULTS}/tables/{table}"
         deps = [*own_code("reproduce.tables"), "reproduce/paper.yaml"]
         counted = {cell.run for cell in cells(table) if cell.run and cell.read == "parameters"}
-        fields: dict[str, Any] = {}
-        if counted:
-            fields["params"] = sorted({f"models.{self.params.run_model(run)}" for run in counted})
+        models = sorted({f"models.{self.params.run_model(run)}" for run in counted})
+        fields: dict[str, Any] = {"params": models} if models else {}
         return _stage(
             "tables",
             table,
             deps=deps + self._results(table_runs(table), "evaluation.json"),
-            outs=[_out(f"{folder}/{table}.{kind}") for kind in ("md", "csv", "tex")],
-            metrics=[_out(f"{folder}/{table}.json")],
+            outs=[_out(f"{path}.{kind}") for kind in ("md", "csv", "tex")],
+            metrics=[_out(f"{path}.json")],
             **fields,
         )
 
-    def _figure(self, verb: str, runs: list[str], outs: list[str], facts: str) -> dict[str, Any]:
-        deps = own_code(f"reproduce.{verb}") + self._first_weights(runs) + self._data_files(runs)
-        keys = [f"runs.{run}.evaluate" for run in runs]
-        folder = f"{RESULTS}/figures"
+    def _figures(self, verb: str, runs: list[str], figures: list[str], facts: str) -> dict[str, Any]:
+        deps = own_code(f"reproduce.{verb}") + self._data_files(runs)
         return _stage(
             verb,
-            deps=deps,
-            params=[{RESOLVED: keys}],
-            outs=[f"{folder}/{name}" for name in outs],
-            metrics=[_out(f"{folder}/{facts}")],
+            deps=deps + [_weights(run, self.seeds[run][0]) for run in runs],
+            params=[{RESOLVED: [f"runs.{run}.evaluate" for run in runs]}],
+            outs=[f"{RESULTS}/figures/{figure}.{kind}" for figure in figures for kind in ("png", "pdf")],
+            metrics=[_out(f"{RESULTS}/figures/{facts}")],
         )
 
-    def _tsne(self) -> dict[str, Any]:
-        return self._figure("tsne", list(TSNE_RUNS), ["fig1.png", "fig1.pdf", "fig1-scales.png"], "fig1.json")
-
-    def _qualitative(self) -> dict[str, Any]:
-        runs = [run for pair in FIGURE_RUNS.values() for run in pair]
-        outs = [f"{figure}.{kind}" for figure in FIGURE_RUNS for kind in ("png", "pdf")]
-        return self._figure("qualitative", runs, outs, "qualitative.json")
-
-    def _report(self, runs: list[str]) -> dict[str, Any]:
+    def _report(self) -> dict[str, Any]:
         deps = [*own_code("reproduce.report"), "reproduce/report.html.j2"]
         deps += ["reproduce/paper.yaml", "reproduce/ledger.yaml", "params.yaml", RESOLVED]
         deps += [f"{RESULTS}/tables/{table}.{kind}" for table in TABLES for kind in ("json", "csv", "md")]
-        pictures = ["fig1.png", "fig1-scales.png", "fig1.json", "qualitative.json"]
-        pictures += [f"{figure}.png" for figure in FIGURE_RUNS]
-        deps += [f"{RESULTS}/figures/{name}" for name in pictures]
-        deps += self._data_files(runs)
-        deps += [path for name in ("evaluation.json", "losses.csv") for path in self._results(runs, name)]
+        pictures = [f"{figure}.png" for figure in ("fig1", *FIGURE_RUNS)]
+        deps += [f"{RESULTS}/figures/{name}" for name in (*pictures, "fig1.json", "qualitative.json")]
+        deps += self._data_files(self.default)
+        deps += [
+            path for name in ("evaluation.json", "losses.csv") for path in self._results(self.default, name)
+        ]
         return _stage("report", deps=deps, outs=[f"{RESULTS}/report.html"])
 
 
@@ -241,6 +212,11 @@ class _NoAliases(yaml.SafeDumper):
         return True
 
 
+def _home(default: bool) -> str:
+    """Return what DVC puts before the names of the stages of a file."""
+    return "" if default else f"{ROWS_FILE}:"
+
+
 def _out(path: str, **options: Any) -> dict[str, Any]:
     return {path: {"cache": False, **options}}
 
@@ -252,12 +228,8 @@ def _weights(run: str, seed: int) -> str:
 def _stage(
     verb: str, *axes: str, deps: list[str], matrix: Mapping[str, list[str]] | None = None, **fields: Any
 ) -> dict[str, Any]:
-    return {
-        "matrix": dict(matrix or {}),
-        "cmd": " ".join(["reproduce/stage", verb, PROFILE, *axes]),
-        "deps": sorted(deps),
-        **fields,
-    }
+    command = " ".join(["reproduce/stage", verb, PROFILE, *axes])
+    return {"matrix": dict(matrix or {}), "cmd": command, "deps": sorted(deps), **fields}
 
 
 def _resolve() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mscs.paths import WORK, SeedFiles, checkpoint_folder
 from mscs.provenance import machine
 from mscs.results import read_json
 from mscs.settings import Settings
+from reproduce.rendering import markdown_table
 
 MEASURED = Path("benchmarks/results")
 SCRIPT = Path("benchmarks/step.py")
@@ -38,10 +39,11 @@ class Cost:
     hours: float | None
     group_bytes: int | None
 
-    @property
-    def open(self) -> bool:
-        """Whether it has still to be trained."""
-        return self.left > 0
+    def rest(self) -> "Cost":
+        """Return what has still to be done."""
+        share = self.left / self.steps
+        hours = None if self.hours is None else self.hours * share
+        return replace(self, steps=self.left, images=round(self.images * share), hours=hours)
 
 
 def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
@@ -49,16 +51,16 @@ def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
     found = []
     for run in runs:
         settings = params.resolve(run).settings
-        steps = settings.schedule.steps * len(settings.seeds)
-        row = measurement(settings, device)
-        hours = None if row is None else steps * settings.schedule.groups * row["step_ms"] / 3.6e6
-        memory = None if row is None else row["peak_bytes"]
+        schedule, row = settings.schedule, measurement(settings, device)
+        steps = schedule.steps * len(settings.seeds)
+        hours = None if row is None else steps * schedule.groups * row["step_ms"] / 3.6e6
         left = steps - sum(saved_steps(settings, seed) for seed in settings.seeds)
         states = {state(settings, seed) for seed in settings.seeds}
         now = states.pop() if len(states) == 1 else "started"
         if now == "to do" and left < steps:
             now = "started"
-        found.append(Cost(run, now, steps, left, steps * settings.schedule.batch_size, hours, memory))
+        memory = None if row is None else row["peak_bytes"]
+        found.append(Cost(run, now, steps, left, steps * schedule.batch_size, hours, memory))
     return found
 
 
@@ -134,15 +136,8 @@ def document(found: Sequence[Cost], device: str, devices: int) -> dict[str, Any]
         "devices": devices,
         "runs": [vars(cost) for cost in found],
         "total": _total(found, devices),
-        "to_do": _total([_rest(cost) for cost in found if cost.open], devices),
+        "to_do": _total([cost.rest() for cost in found if cost.left], devices),
     }
-
-
-def _rest(cost: Cost) -> Cost:
-    """Return what of a run has still to be done."""
-    share = cost.left / cost.steps
-    hours = None if cost.hours is None else cost.hours * share
-    return replace(cost, steps=cost.left, images=round(cost.images * share), hours=hours)
 
 
 def _total(found: Sequence[Cost], devices: int) -> dict[str, Any]:
@@ -159,13 +154,14 @@ def _total(found: Sequence[Cost], devices: int) -> dict[str, Any]:
 
 def text(plan: dict[str, Any]) -> str:
     """Return the plan as lines for people."""
-    lines = [f"{'run':50} {'state':8} {'steps':>9} {'images':>11} {'hours':>9} {'GiB':>8}"]
-    for run in plan["runs"]:
-        memory = None if run["group_bytes"] is None else run["group_bytes"] / 2**30
-        lines.append(
-            f"{run['run']:50} {run['state']:8} {run['steps']:9,} {run['images']:11,} "
-            f"{_number(run['hours']):>9} {_number(memory):>8}"
-        )
+    rows = [
+        [
+            *(run["run"], run["state"], f"{run['steps']:,}", f"{run['images']:,}", _number(run["hours"])),
+            _number(run["group_bytes"] and run["group_bytes"] / 2**30),
+        ]
+        for run in plan["runs"]
+    ]
+    lines = [markdown_table(["run", "state", "steps", "images", "hours", "GiB"], rows, aligned=True)]
     for name in ("total", "to_do"):
         sums = plan[name]
         counted = f"{sums['runs']} runs, {sums['steps']:,} steps, {sums['images']:,} images"

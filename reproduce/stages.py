@@ -8,27 +8,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mscs import launch
 from mscs.command_line import run_command
 from mscs.errors import MscsError
 from mscs.job import Job
 from mscs.params import load_params
-from mscs.paths import (
-    RESULTS,
-    SeedFiles,
-    data_root,
-    dataset_root,
-    read_resolved,
-    resolve_all,
-    resolved_path,
-)
+from mscs.paths import RESULTS, SeedFiles, data_root, dataset_root, read_resolved, resolve_all, resolved_path
 from mscs.results import read_json, write_json
 from reproduce.cells import FIGURE_RUNS, TSNE_RUNS
 from reproduce.pipeline import Pipeline
 from reproduce.runtime import run_in_container, wants_container
+from reproduce.tables import Results
 
 if TYPE_CHECKING:
     from reproduce.trained import TrainedRun
@@ -47,49 +39,49 @@ def resolve(profile: str, *, check: bool = True) -> None:
 
 def data(profile: str, dataset: str) -> None:
     """Make (mini) or check (paper) one dataset and write its manifest."""
+    from mscs.datasets import build_dataset
     from mscs.datasets.toy import write_dataset
     from mscs.datasets.verify import verify
+    from reproduce.baselines import colour_miou
 
     settings = read_json(resolved_path(profile))["datasets"][dataset]
     generated = settings["data_source"] == "generated"
     root = dataset_root(dataset, settings["data_source"], profile)
     if generated:
-        write_dataset(
-            dataset,
-            root,
-            train=settings["train_images"],
-            val=settings["val_images"],
-            image_size=tuple(settings["image_size"]),
-        )
+        counts = {split: settings[f"{split}_images"] for split in ("train", "val")}
+        write_dataset(dataset, root, **counts, image_size=tuple(settings["image_size"]))
     facts = verify(dataset, root)
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
     if generated:
-        facts["colour_miou"] = _colour_miou(dataset, root, settings["task"])
+        splits = (build_dataset(dataset, split, root, settings["task"]) for split in ("train", "val"))
+        facts["colour_miou"] = colour_miou(*splits)
     write_json(RESULTS / profile / "data" / f"{dataset}.json", facts)
 
 
 def train(profile: str, run: str, seed: str) -> int:
     """Train one seed of a run, or go on with it."""
-    argv = ["train", run, "--settings", str(resolved_path(profile)), "--seed", seed]
+    settings = read_resolved(resolved_path(profile), run)
     fresh = bool(os.environ.get("MSCS_FRESH"))
-    return launch.train(_job(profile, run, seed, fresh=fresh), [*argv, *(["--fresh"] if fresh else [])])
+    argv = ["train", run, "--settings", str(resolved_path(profile)), "--seed", seed]
+    job = Job(settings=settings, seeds=[int(seed)], folder=run, fresh=fresh)
+    return launch.train(job, [*argv, *(["--fresh"] if fresh else [])])
 
 
 def evaluate(profile: str, run: str, seed: str) -> None:
     """Score one seed of a run."""
-    launch.evaluate(_job(profile, run, seed))
+    settings = read_resolved(resolved_path(profile), run)
+    launch.evaluate(Job(settings=settings, seeds=[int(seed)], folder=run))
 
 
 def tables(profile: str, table: str) -> None:
     """Write one table."""
-    from reproduce.tables import Results, write_table
+    from reproduce.tables import write_table
 
     write_table(table, Results(profile))
 
 
 def tsne(profile: str) -> None:
     """Draw Fig. 1."""
-    from reproduce.tables import Results
     from reproduce.tsne import write_tsne
 
     baseline, ours = (_trained(profile, run) for run in TSNE_RUNS)
@@ -99,20 +91,18 @@ def tsne(profile: str) -> None:
 def qualitative(profile: str) -> None:
     """Draw Figs. 2 to 4."""
     from reproduce.qualitative import write_comparisons
-    from reproduce.tables import Results
 
-    folder = RESULTS / profile / "figures"
+    folder, stamp = RESULTS / profile / "figures", Results(profile).stamp
     facts = {}
-    for figure, (baseline, ours) in FIGURE_RUNS.items():
-        pair = _trained(profile, baseline), _trained(profile, ours)
-        facts[figure] = write_comparisons(figure, *pair, folder, Results(profile).stamp)
+    for figure, pair in FIGURE_RUNS.items():
+        baseline, ours = (_trained(profile, run) for run in pair)
+        facts[figure] = write_comparisons(figure, baseline, ours, folder, stamp)
     write_json(folder / "qualitative.json", facts)
 
 
 def report(profile: str) -> None:
     """Write report.html."""
     from reproduce.report import write_report
-    from reproduce.tables import Results
 
     write_report(Results(profile))
 
@@ -122,51 +112,34 @@ VERBS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def _job(profile: str, run: str, seed: str, **further: Any) -> Job:
-    settings = read_resolved(resolved_path(profile), run)
-    return Job(settings=settings, seeds=[int(seed)], folder=run, **further)
-
-
-def _colour_miou(dataset: str, root: Path, task: int | None) -> float:
-    from mscs.datasets import build_dataset
-    from reproduce.baselines import colour_miou
-
-    return colour_miou(*(build_dataset(dataset, split, root, task) for split in ("train", "val")))
-
-
 def _trained(profile: str, run: str) -> "TrainedRun":
     from mscs.runs import check_weights
     from reproduce.trained import TrainedRun
 
     settings = read_resolved(resolved_path(profile), run)
-    root = data_root(settings)
+    seed, root = settings.seeds[0], data_root(settings)
     launch.require_data(settings, root)
-    files = SeedFiles(profile, run, settings.seeds[0])
-    check_weights(settings, settings.seeds[0], files)
+    files = SeedFiles(profile, run, seed)
+    check_weights(settings, seed, files)
     return TrainedRun(settings, files.weights, root, run)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the stage parser."""
-    result = argparse.ArgumentParser(prog="reproduce/stage", description=__doc__)
-    result.add_argument("verb", choices=sorted(VERBS))
-    result.add_argument("profile")
-    result.add_argument("names", nargs="*")
-    result.set_defaults(handler=_handle)
-    return result
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run one stage, here or in a container."""
+    parser = argparse.ArgumentParser(prog="reproduce/stage", description=__doc__)
+    parser.add_argument("verb", choices=sorted(VERBS))
+    parser.add_argument("profile")
+    parser.add_argument("names", nargs="*")
+    parser.set_defaults(handler=_run)
+    return run_command(parser, argv)
 
 
-def _handle(args: argparse.Namespace) -> int | None:
+def _run(args: argparse.Namespace) -> int | None:
     if not resolved_path(args.profile).exists() and args.verb != "resolve":
         raise MscsError(f"{resolved_path(args.profile)} is missing; run `dvc repro resolve` first")
     if wants_container(args.profile):
         return run_in_container(args.verb, args.profile, args.names)
     return VERBS[args.verb](args.profile, *args.names)
-
-
-def run(argv: Sequence[str] | None = None) -> int:
-    """Run one stage."""
-    return run_command(parser(), argv)
 
 
 if __name__ == "__main__":

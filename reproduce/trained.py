@@ -30,9 +30,9 @@ class TrainedRun:
         """Where the network runs: the first GPU if there is one."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def dataset(self, split: str | None = None) -> Dataset:
-        """Open one split of the run's dataset."""
-        return build.open_dataset(self.settings, split or self.settings.data.score_split, self.data_root)
+    def dataset(self) -> Dataset:
+        """Open the images that the run is scored on."""
+        return build.open_dataset(self.settings, self.settings.data.score_split, self.data_root)
 
     @cached_property
     def predictor(self) -> Predictor:

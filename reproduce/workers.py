@@ -65,17 +65,16 @@ def side_by_side(
     workers: Sequence[Mapping[str, str]],
     *,
     keep_going: bool = False,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> int:
     """Bring `runs` up to date, as many seeds at a time as there are workers; return the first bad exit code.
 
     After a failure no further training is started, unless `keep_going`; those under way end.
     """
-    base = {**os.environ, **(environment or {})}
-    code = subprocess.run([*DVC, "repro", *upstream(plan, runs)], check=False, env=base).returncode
+    code = subprocess.run([*DVC, "repro", *upstream(plan, runs)], check=False, env=environment).returncode
     if code:
         return code
-    stale = changed(base)
+    stale = changed(environment)
     stages = [stage for run in runs for stage in plan.stages_of(run)]
     waiting = deque(pair for pair in zip(stages[::2], stages[1::2], strict=True) if stale & set(pair))
     failures: list[int] = []
@@ -85,7 +84,7 @@ def side_by_side(
             while True:
                 for stage in waiting.popleft():
                     command = [*DVC, "--wait-for-lock", "repro", "--single-item", stage]
-                    code = subprocess.run(command, check=False, env={**base, **own}).returncode
+                    code = subprocess.run(command, check=False, env={**environment, **own}).returncode
                     if code:
                         failures.append(code)
                         if not keep_going:
