@@ -180,20 +180,12 @@ def _states(numerics: Mapping[str, Any], unit: str) -> tuple[Any, Any]:
 
 def _write(numerics: Mapping[str, Any], unit: str, state: Any) -> None:
     """Replace a unit's line in numerics.yaml and nothing else, comments included."""
-    entry = numerics["units"][unit]
-    entry |= {"accepted" if unit == PACKAGES else "digest": state}
-    shown = ", ".join(f"{key}: {_flow(value)}" for key, value in entry.items())
-    text, changes = re.subn(
-        rf"^  {unit}: \{{version.*$", lambda _: f"  {unit}: {{{shown}}}", FILE.read_text(), flags=re.MULTILINE
-    )
+    entry = numerics["units"][unit] | {"accepted" if unit == PACKAGES else "digest": state}
+    shown = yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    line = re.compile(rf"^  {unit}: \{{version.*$", re.MULTILINE)
+    text, changes = line.subn(lambda _: f"  {unit}: {shown.strip()}", FILE.read_text())
     if changes != 1:
         raise MscsError(
             f"{FILE}: unit {unit!r} has {changes} lines `  {unit}: {{version: ...}}`, expected one"
         )
     write_text(FILE, text)
-
-
-def _flow(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {json.dumps(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)

@@ -44,19 +44,19 @@ def run_in_container(verb: str, profile: str, names: Sequence[str]) -> int:
     """Run one stage in a new container, pass signals on to it and return its exit code."""
     client = connect()
     image = find_image(client)
-    gpus = profile == "paper" and verb in GPU_VERBS
-    if gpus and not has_gpu_runtime(client.info()):
-        raise MscsError(
-            f"`{verb} {profile}` needs a GPU and the Docker engine cannot hand one over: install "
-            f"nvidia-container-toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, "
-            f"restart Docker{INSTEAD}"
-        )
     options = container_options(verb, profile, names, Path.cwd(), image.id)
-    if gpus:
+    engine = client.info()
+    if profile == "paper" and verb in GPU_VERBS:
         from docker.types import DeviceRequest
 
+        if not has_gpu_runtime(engine):
+            raise MscsError(
+                f"`{verb} {profile}` needs a GPU and the Docker engine cannot hand one over: install "
+                f"nvidia-container-toolkit, run `sudo nvidia-ctk runtime configure --runtime=docker`, "
+                f"restart Docker{INSTEAD}"
+            )
         options["device_requests"] = [DeviceRequest(driver="nvidia", count=-1, capabilities=[["gpu"]])]
-    security = client.info().get("SecurityOptions", ())
+    security = engine.get("SecurityOptions", ())
     if "name=rootless" in security:
         options["user"] = "0:0"  # a rootless engine's root is the person who runs it
     if "name=userns" in security:
