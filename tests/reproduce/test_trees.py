@@ -128,7 +128,8 @@ def test_every_mistake_is_one_and_every_other_line_is_answered(monkeypatch):
     assert [
         line for line in mistakes if not re.match("exit code [12]: (.*error: |  split )", found[line])
     ] == []
-    others = {line: answer for line, answer in found.items() if line not in mistakes}
+    # a profile may leave a run out
+    others = {x: y for x, y in found.items() if x not in mistakes and "--profile small" not in x}
     assert not [line for line, answer in others.items() if re.match("exit code [^0]", str(answer))]
     shown = others["mscs show cadis-ocrnet-r50-ce --json --profile paper --set recipe=code"]
     assert shown["recipe"] == "code"
