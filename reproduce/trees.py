@@ -159,13 +159,14 @@ def _trained(tree: Tree, commands: list[list[str]], params: str) -> dict[str, An
         for command, (code, _, err) in zip(commands, tree.run(folder, commands), strict=True):
             if code:
                 raise MscsError(f"{tree.source}: `{' '.join(command)}` failed: {err}")
-        [scores] = (folder / "results" / PROFILE / "runs").rglob("evaluation.json")
-        [weights] = (folder / "work" / PROFILE / "runs").glob("*/weights/*.safetensors")
-        found = {name: read_json(scores.with_name(name)) for name in ("train.json", "evaluation.json")}
-        found["confusion.json"] = read_json(scores.with_name("confusion.json"))
-        with scores.with_name("losses.csv").open() as file:
+        # an evaluation that was asked for differently lies in a folder of its own
+        written = {path.name: path for path in (folder / "results" / PROFILE / "runs").rglob("*.*")}
+        names = ("train.json", "evaluation.json", "confusion.json")
+        found = {name: read_json(written[name]) for name in names}
+        with written["losses.csv"].open() as file:
             rows = list(csv.DictReader(file))
         losses = {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
+        [weights] = (folder / "work" / PROFILE / "runs").glob("*/weights/*.safetensors")
         return {**found, "losses.csv": losses, "weights": load_file(weights)}
 
 
