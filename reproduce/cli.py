@@ -15,7 +15,7 @@ from mscs.params import load_params
 from mscs.paths import RESULTS, resolved_path
 from mscs.results import write_json
 from reproduce.cells import TABLES, cells
-from reproduce.pipeline import ROOT_FILE, ROWS_FILE, Pipeline
+from reproduce.pipeline import Pipeline, own_file, tables_of
 from reproduce.rendering import markdown_table
 from reproduce.tables import Results
 from reproduce.workers import devices, side_by_side, visible_gpus
@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_pipeline(commands: Any) -> None:
-    run = add_command(commands, "run", _run, "bring tables, figures, runs or everything up to date")
+    text = "bring tables, figures, runs or everything up to date"
+    run = add_command(commands, "run", _run, text, profile=True)
     run.add_argument(
         "target",
         nargs="*",
@@ -55,14 +56,14 @@ def _add_pipeline(commands: Any) -> None:
     side.add_argument("--jobs", type=int, metavar="N", help="train N runs side by side, wherever they run")
 
     text = "say what a target costs here, and start nothing"
-    plan = add_command(commands, "plan", _plan, text, as_json=True)
+    plan = add_command(commands, "plan", _plan, text, profile=True, as_json=True)
     plan.add_argument("target", nargs="*", help="as for run (default: all)")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
     plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
 
     text = "write resolved.json, the settings of every run"
     add_command(commands, "resolve", _resolve, text, profile=True)
-    text = "write dvc.yaml and reproduce/rows/dvc.yaml from params.yaml and the tables"
+    text = "write every dvc.yaml from params.yaml and the tables"
     add_command(commands, "pipeline", _pipeline, text)
 
 
@@ -139,10 +140,11 @@ def _print(document: Any, text: str, *, as_json: bool) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    pipeline = Pipeline(load_params())
+    results = _results(args)
+    pipeline = Pipeline(results.params, results.profile)
     pipeline.check()
     stages, runs = pipeline.wanted(args.target)
-    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    command = [sys.executable, "-m", "dvc", "repro", "--allow-missing", *stages]
     if args.keep_going:
         command.append("--keep-going")
     environment = {**os.environ, **({"MSCS_FRESH": "1"} if args.fresh else {})}
@@ -156,10 +158,22 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    page = RESULTS / pipeline.params.profile / "report.html"
-    if code == 0 and not args.target and page.exists():
+    if code == 0 and pipeline.own_file:
+        _write_tables(results, tables_of(pipeline.default))
+    page = results.root / "report.html"
+    if code == 0 and page.exists() and (pipeline.own_file or not args.target):
         print(f"report: {page.resolve()}")
     return code
+
+
+def _write_tables(results: Results, tables: Sequence[str]) -> None:
+    """Write the tables and the report of a profile from the runs that have been trained so far."""
+    from reproduce.report import write_report
+    from reproduce.tables import write_table
+
+    for table in tables:
+        write_table(table, results)
+    write_report(results)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -168,12 +182,13 @@ def _plan(args: argparse.Namespace) -> None:
     gpus = max(1, len(visible_gpus())) if args.gpus is None else args.gpus
     if gpus < 1:
         raise UsageError("--gpus takes a number from 1")
-    params = load_params()
-    _, runs = Pipeline(params).wanted(args.target)
+    results = _results(args)
+    _, runs = Pipeline(results.params, results.profile).wanted(args.target)
+    settings = [results.params.resolve(run, results.profile).settings for run in runs]
     if args.measure:
-        plan.measure([params.resolve(run).settings for run in runs])
+        plan.measure(settings)
     device = plan.device_name()
-    document = plan.document(plan.costs(params, runs, device), device, gpus)
+    document = plan.document(plan.costs(settings, device), device, gpus)
     _print(document, plan.text(document), as_json=args.json)
 
 
@@ -186,8 +201,12 @@ def _resolve(args: argparse.Namespace) -> None:
 
 
 def _pipeline(_args: argparse.Namespace) -> None:
-    Pipeline(load_params()).write()
-    print(f"{ROOT_FILE} {ROWS_FILE}")
+    params = load_params()
+    for profile in params.profiles:
+        if profile == params.profile or own_file(params, profile):
+            pipeline = Pipeline(params, profile)
+            pipeline.write()
+            print(*pipeline.files())
 
 
 def _accept(args: argparse.Namespace) -> None:

@@ -141,7 +141,8 @@ def accept_changed(params: Params, unit: str, why: str) -> str:
     retrained = [run for run in uses if unit in units_of(params.resolve(run).values)["train"]]
     if retrained:
         device = plan.device_name()
-        costs = plan.text(plan.document(plan.costs(params, retrained, device), device, 1))
+        settings = [params.resolve(run).settings for run in retrained]
+        costs = plan.text(plan.document(plan.costs(settings, device), device, 1))
         return f"{said} {len(retrained)} runs are trained and evaluated again\n{costs}"
     return f"{said} these runs are evaluated again, none is trained again: {', '.join(uses)}"
 

@@ -4,6 +4,9 @@ dvc.yaml and reproduce/rows/dvc.yaml are written from here (`python -m reproduce
 params.yaml: a stage must list every file it uses, and DVC has no way to look that up. A training or an
 evaluation depends on its own settings in resolved.json, which hold the versions of the code that it uses
 (numerics.yaml), and on its data; on no file of code.
+
+A profile that has not all runs (small) has a file of its own, reproduce/<profile>/dvc.yaml, beside those of
+mini or paper. Its tables are no stages: they show what has been trained so far.
 """
 
 import ast
@@ -13,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from mscs.datasets import DATASETS
 from mscs.errors import UsageError, unknown_name
 from mscs.params import Params
 from mscs.results import write_text
@@ -44,6 +46,16 @@ def row_runs(params: Params) -> list[str]:
     return [run for run in params.runs if run not in default]
 
 
+def own_file(params: Params, profile: str) -> Path | None:
+    """Return the pipeline file of a profile that has one of its own, because it has not all runs."""
+    return Path("reproduce") / profile / "dvc.yaml" if params.runs_of(profile) != params.runs else None
+
+
+def tables_of(runs: Iterable[str]) -> list[str]:
+    """Return the tables that show some of `runs`."""
+    return [table for table in TABLES if not set(table_runs(table)).isdisjoint(runs)]
+
+
 def own_code(*modules: str) -> list[str]:
     """Return the files of this package that `modules` import, directly or not, and their own."""
     seen: set[Path] = set()
@@ -61,87 +73,136 @@ def own_code(*modules: str) -> list[str]:
 
 
 class Pipeline:
-    """The stages for one profile of params.yaml."""
+    """The stages for one profile, by default that of params.yaml."""
 
-    def __init__(self, params: Params):
-        self.params = params
-        self.seeds = {run: params.resolve(run).settings.seeds for run in params.runs}
-        self.default = default_runs(params)
+    def __init__(self, params: Params, profile: str | None = None):
+        self.params, self.profile = params, profile or params.profile
+        self.own_file = own_file(params, self.profile)
+        runs = params.runs_of(self.profile)
+        self.seeds = {run: params.resolve(run, self.profile).settings.seeds for run in runs}
+        self.default = [run for run in default_runs(params) if run in runs]
+        self.pairs = {figure: pair for figure, pair in FIGURE_RUNS.items() if set(pair) <= set(runs)}
 
     def files(self) -> dict[Path, dict[str, Any]]:
-        """Return both pipeline files as documents."""
+        """Return the pipeline files as documents."""
+        if self.own_file:
+            stages = {**self._runs(self.default), **self._figures()}
+            return {self.own_file: {"stages": self._placed(stages, folder="../..")}}
         rows = row_runs(self.params)
-        datasets = self.datasets(self.default)
-        others = [name for name in self.datasets(rows) if name not in datasets]
-        root = {"resolve": _resolve(), "data": _data(datasets), **self._jobs(self.default)}
+        root = self._runs(self.default)
         root |= {f"tables_{table}": self._table(table) for table in TABLES}
-        pairs = [run for pair in FIGURE_RUNS.values() for run in pair]
-        root["tsne"] = self._figures("tsne", list(TSNE_RUNS), ["fig1"], "fig1.json")
-        root["qualitative"] = self._figures("qualitative", pairs, list(FIGURE_RUNS), "qualitative.json")
-        root["report"] = self._report()
-        row_stages = {"data": _data(others), **self._jobs(rows)}
-        for stage in row_stages.values():
-            stage["wdir"] = "../.."
-        for stage in (*root.values(), *row_stages.values()):
+        root |= {**self._figures(), "report": self._report()}
+        known = self.datasets(self.default)
+        others = [name for name in self.datasets(rows) if name not in known]
+        row_stages = {"data": self._data(others), **self._jobs(rows)}
+        return {
+            ROOT_FILE: {"stages": self._placed(root), **self._shown()},
+            ROWS_FILE: {"stages": self._placed(row_stages, folder="../..")},
+        }
+
+    def _placed(self, stages: dict[str, Any], folder: str = "") -> dict[str, Any]:
+        """Add to every stage its profile, and where the project lies as seen from the stage's file."""
+        for stage in stages.values():
             # as it is: DVC would put a value of params.yaml into a shell command unchecked
-            stage["matrix"] = {"profile": [self.params.profile], **stage["matrix"]}
-        curves = [
-            path.replace(PROFILE, self.params.profile) for path in self._results(self.default, "losses.csv")
-        ]
-        plot = {"template": "linear", "title": "loss", "x": "step", "y": dict.fromkeys(curves, "loss")}
-        return {ROOT_FILE: {"stages": root, "plots": [{"losses": plot}]}, ROWS_FILE: {"stages": row_stages}}
+            stage["matrix"] = {"profile": [self.profile], **stage["matrix"]}
+            if folder:
+                stage["wdir"] = folder
+        return stages
+
+    def _shown(self) -> dict[str, Any]:
+        """Return the metrics and plots of the project: those of the profiles whose results are in git."""
+        shown: dict[str, Any] = {"metrics": [], "plots": []}
+        for profile in self.params.profiles:
+            if own_file(self.params, profile):
+                tables = tables_of(self.params.runs_of(profile))
+                shown["metrics"] += [f"results/{profile}/tables/{table}.json" for table in tables]
+        if self.profile == "paper":
+            curves = [path.replace(PROFILE, "paper") for path in self._results(self.default, "losses.csv")]
+            plot = {"template": "linear", "title": "loss", "x": "step", "y": dict.fromkeys(curves, "loss")}
+            shown["plots"] = [{"losses": plot}]
+        return {kind: found for kind, found in shown.items() if found}
 
     def write(self) -> None:
-        """Write both pipeline files."""
+        """Write the pipeline files."""
         for path, document in self.files().items():
             write_text(path, render(document))
 
     def check(self) -> None:
         """Raise UsageError unless the files that are there fit params.yaml."""
+        if not self.own_file and own_file(self.params, self.params.profile):
+            raise UsageError(
+                f"profile {self.params.profile} has a pipeline of its own: `python -m reproduce run "
+                f"--profile {self.params.profile}`. params.yaml names a profile that has all runs"
+            )
         for path, document in self.files().items():
             if not path.exists() or yaml.safe_load(path.read_text()) != document:
                 raise UsageError(
-                    f"{path} does not fit params.yaml (profile {self.params.profile}, its runs and seeds); "
+                    f"{path} does not fit params.yaml (profile {self.profile}, its runs and seeds); "
                     "write it anew with `python -m reproduce pipeline`"
                 )
 
+    def dataset(self, run: str) -> str:
+        """Return the dataset of a run."""
+        return self.params.dataset_of(run, self.profile)
+
     def datasets(self, runs: Iterable[str]) -> list[str]:
         """Return the datasets of some runs, in order of appearance."""
-        return list(dict.fromkeys(self.params.run_info(run)["dataset"] for run in runs))
+        return list(dict.fromkeys(map(self.dataset, runs)))
+
+    def _home(self, default: bool = True) -> str:
+        """Return what DVC puts before the names of the stages of a file."""
+        file = self.own_file or (None if default else ROWS_FILE)
+        return f"{file}:" if file else ""
+
+    def shared_stages(self, runs: Iterable[str]) -> list[str]:
+        """Return DVC's names of the stages that several runs share: the settings and the data."""
+        return [f"{self._home()}resolve@{self.profile}", *map(self.data_stage, self.datasets(runs))]
 
     def stages_of(self, run: str) -> list[str]:
         """Return DVC's names of the stages of one run: train and evaluate, seed by seed."""
-        dataset, home = self.params.run_info(run)["dataset"], _home(run in self.default)
+        home = self._home(run in self.default)
         return [
-            f"{home}{verb}_{dataset}_seed{seed}@{self.params.profile}-{run}"
+            f"{home}{verb}_{self.dataset(run)}_seed{seed}@{self.profile}-{run}"
             for seed in self.seeds[run]
             for verb in ("train", "evaluate")
         ]
 
     def data_stage(self, dataset: str) -> str:
         """Return DVC's name of the stage of a dataset."""
-        return f"{_home(dataset in self.datasets(self.default))}data@{self.params.profile}-{dataset}"
+        return f"{self._home(dataset in self.datasets(self.default))}data@{self.profile}-{dataset}"
 
     def wanted(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return DVC's names of the stages that some targets ask for, and the runs that these need trained.
 
-        Without targets that is everything but the rows: no stage by name, the runs of the report. Raises
-        UsageError for an unknown target.
+        Without targets that is everything but the rows: no stage by name (a profile's own file), the runs of
+        the report. Raises UsageError for an unknown target.
         """
-        profile = self.params.profile
-        known = {table: ([f"tables_{table}@{profile}"], table_runs(table)) for table in TABLES}
-        known["fig1"] = [f"tsne@{profile}"], list(TSNE_RUNS)
-        known |= {figure: ([f"qualitative@{profile}"], list(pair)) for figure, pair in FIGURE_RUNS.items()}
-        known["rows"] = [str(ROWS_FILE)], row_runs(self.params)
-        known["report"] = [f"report@{profile}"], self.default
-        known |= {dataset: ([self.data_stage(dataset)], []) for dataset in DATASETS}
-        known |= {run: (self.stages_of(run)[1::2], [run]) for run in self.params.runs}
+        profile, home = self.profile, self._home()
+        known = {}
+        for table in tables_of(self.seeds):
+            runs = [run for run in table_runs(table) if run in self.seeds]
+            made = [stage for run in runs for stage in self.stages_of(run)[1::2]]
+            known[table] = (made if self.own_file else [f"tables_{table}@{profile}"]), runs
+        known["fig1"] = [f"{home}tsne@{profile}"], list(TSNE_RUNS)
+        known |= {
+            figure: ([f"{home}qualitative@{profile}"], list(pair)) for figure, pair in self.pairs.items()
+        }
+        if not self.own_file:
+            known["rows"] = [str(ROWS_FILE)], row_runs(self.params)
+            known["report"] = [f"report@{profile}"], self.default
+        known |= {dataset: ([self.data_stage(dataset)], []) for dataset in self.datasets(self.seeds)}
+        known |= {run: (self.stages_of(run)[1::2], [run]) for run in self.seeds}
         for target in targets:
             if target not in known:
-                raise UsageError(unknown_name("target", target, known))
+                raise UsageError(unknown_name(f"target of profile {profile}", target, known))
         stages = [stage for target in targets for stage in known[target][0]]
         runs = [run for target in targets for run in known[target][1]]
-        return stages, list(dict.fromkeys(runs)) if targets else self.default
+        if not targets:
+            stages, runs = [str(self.own_file)] if self.own_file else [], self.default
+        return stages, list(dict.fromkeys(runs))
+
+    def _runs(self, runs: list[str]) -> dict[str, Any]:
+        return {"resolve": _resolve(), "data": self._data(self.datasets(runs)), **self._jobs(runs)}
 
     def _jobs(self, runs: list[str]) -> dict[str, Any]:
         """Return the train and evaluate stages, each a matrix over the runs of one dataset and seed.
@@ -151,12 +212,41 @@ class Pipeline:
         groups: dict[tuple[str, int], list[str]] = {}
         for run in runs:
             for seed in self.seeds[run]:
-                groups.setdefault((self.params.run_info(run)["dataset"], seed), []).append(run)
+                groups.setdefault((self.dataset(run), seed), []).append(run)
         return {
-            f"{verb}_{dataset}_seed{seed}": _job(verb, dataset, seed, members)
+            f"{verb}_{dataset}_seed{seed}": self._job(verb, dataset, seed, members)
             for verb in ("train", "evaluate")
             for (dataset, seed), members in groups.items()
         }
+
+    def _job(self, verb: str, dataset: str, seed: int, runs: list[str]) -> dict[str, Any]:
+        results, weights = f"{RESULTS}/runs/${{item.run}}/seed-{seed}", _weights("${item.run}", seed)
+        deps = [f"{RESULTS}/data/{dataset}.json"]
+        if verb == "train":
+            outs, curve = [weights], _out(f"{results}/losses.csv", x="step", y="loss")
+            made = self._made(outs, [_out(f"{results}/train.json")], [curve])
+        else:
+            deps.append(weights)
+            made = self._made([_out(f"{results}/confusion.json")], [_out(f"{results}/evaluation.json")])
+        params = [{RESOLVED: [f"runs.${{item.run}}.{verb}"]}]
+        return _stage(verb, "${item.run}", str(seed), deps=deps, matrix={"run": runs}, params=params, **made)
+
+    def _made(self, outs: list[Any], metrics: list[Any], plots: Sequence[Any] = ()) -> dict[str, Any]:
+        """Return what a stage makes. Metrics and plots are those of profile paper only: see `_shown`."""
+        if self.profile == "paper":
+            return {"outs": outs, "metrics": metrics, **({"plots": list(plots)} if plots else {})}
+        return {"outs": [*outs, *(_out(path) for found in (*metrics, *plots) for path in found)]}
+
+    def _data(self, datasets: list[str]) -> dict[str, Any]:
+        deps = ["mscs/datasets/verify.py", "mscs/datasets/${item.dataset}.py"]
+        return _stage(
+            "data",
+            "${item.dataset}",
+            deps=deps if self.own_file else ["mscs/datasets/toy.py", *deps],
+            params=[{RESOLVED: ["datasets.${item.dataset}"]}],
+            outs=[_out(f"{RESULTS}/data/${{item.dataset}}.json")],
+            matrix={"dataset": datasets},
+        )
 
     def _results(self, runs: Iterable[str], name: str) -> list[str]:
         return [f"{RESULTS}/runs/{run}/seed-{seed}/{name}" for run in runs for seed in self.seeds[run]]
@@ -170,23 +260,32 @@ class Pipeline:
         counted = {cell.run for cell in cells(table) if cell.run and cell.read == "parameters"}
         models = sorted({f"models.{self.params.run_model(run)}" for run in counted})
         fields: dict[str, Any] = {"params": models} if models else {}
+        outs = [_out(f"{path}.{kind}") for kind in ("md", "csv", "tex")]
         return _stage(
             "tables",
             table,
             deps=deps + self._results(table_runs(table), "evaluation.json"),
-            outs=[_out(f"{path}.{kind}") for kind in ("md", "csv", "tex")],
-            metrics=[_out(f"{path}.json")],
+            **self._made(outs, [_out(f"{path}.json")]),
             **fields,
         )
 
-    def _figures(self, verb: str, runs: list[str], figures: list[str], facts: str) -> dict[str, Any]:
+    def _figures(self) -> dict[str, Any]:
+        pairs = [run for pair in self.pairs.values() for run in pair]
+        return {
+            "tsne": self._figure("tsne", TSNE_RUNS, ["fig1"], "fig1.json"),
+            "qualitative": self._figure("qualitative", pairs, self.pairs, "qualitative.json"),
+        }
+
+    def _figure(self, verb: str, runs: Sequence[str], figures: Iterable[str], facts: str) -> dict[str, Any]:
+        """Return the stage of some figures: of the first seed, but for the numbers of Fig. 1, of all."""
+        seeds = [(run, seed) for run in runs for seed in self.seeds[run][: None if verb == "tsne" else 1]]
         deps = own_code(f"reproduce.{verb}") + self._data_files(runs)
+        pictures = [f"{RESULTS}/figures/{figure}.{kind}" for figure in figures for kind in ("png", "pdf")]
         return _stage(
             verb,
-            deps=deps + [_weights(run, self.seeds[run][0]) for run in runs],
+            deps=deps + [_weights(run, seed) for run, seed in seeds],
             params=[{RESOLVED: [f"runs.{run}.evaluate" for run in runs]}],
-            outs=[f"{RESULTS}/figures/{figure}.{kind}" for figure in figures for kind in ("png", "pdf")],
-            metrics=[_out(f"{RESULTS}/figures/{facts}")],
+            **self._made([_out(path) for path in pictures], [_out(f"{RESULTS}/figures/{facts}")]),
         )
 
     def _report(self) -> dict[str, Any]:
@@ -199,7 +298,7 @@ class Pipeline:
         deps += [
             path for name in ("evaluation.json", "losses.csv") for path in self._results(self.default, name)
         ]
-        return _stage("report", deps=deps, outs=[f"{RESULTS}/report.html"])
+        return _stage("report", deps=deps, outs=[_out(f"{RESULTS}/report.html")])
 
 
 def render(document: dict[str, Any]) -> str:
@@ -210,11 +309,6 @@ def render(document: dict[str, Any]) -> str:
 class _NoAliases(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
-
-
-def _home(default: bool) -> str:
-    """Return what DVC puts before the names of the stages of a file."""
-    return "" if default else f"{ROWS_FILE}:"
 
 
 def _out(path: str, **options: Any) -> dict[str, Any]:
@@ -235,29 +329,3 @@ def _stage(
 def _resolve() -> dict[str, Any]:
     code = ["mscs/blocks.py", "mscs/numerics.py", "mscs/params.py", "mscs/paths.py", "mscs/settings.py"]
     return _stage("resolve", deps=["params.yaml", "numerics.yaml", *code], outs=[_out(RESOLVED)])
-
-
-def _data(datasets: list[str]) -> dict[str, Any]:
-    return _stage(
-        "data",
-        "${item.dataset}",
-        deps=["mscs/datasets/toy.py", "mscs/datasets/verify.py", "mscs/datasets/${item.dataset}.py"],
-        params=[{RESOLVED: ["datasets.${item.dataset}"]}],
-        outs=[_out(f"{RESULTS}/data/${{item.dataset}}.json")],
-        matrix={"dataset": datasets},
-    )
-
-
-def _job(verb: str, dataset: str, seed: int, runs: list[str]) -> dict[str, Any]:
-    results, weights = f"{RESULTS}/runs/${{item.run}}/seed-{seed}", _weights("${item.run}", seed)
-    fields: dict[str, Any] = {"params": [{RESOLVED: [f"runs.${{item.run}}.{verb}"]}]}
-    deps = [f"{RESULTS}/data/{dataset}.json"]
-    if verb == "train":
-        fields["outs"] = [weights]
-        fields["metrics"] = [_out(f"{results}/train.json")]
-        fields["plots"] = [_out(f"{results}/losses.csv", x="step", y="loss")]
-    else:
-        deps.append(weights)
-        fields["outs"] = [_out(f"{results}/confusion.json")]
-        fields["metrics"] = [_out(f"{results}/evaluation.json")]
-    return _stage(verb, "${item.run}", str(seed), deps=deps, matrix={"run": runs}, **fields)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from mscs.errors import MscsError
-from mscs.params import Params
 from mscs.paths import WORK, SeedFiles, checkpoint_folder
 from mscs.provenance import machine
 from mscs.results import read_json
@@ -46,11 +45,10 @@ class Cost:
         return replace(self, steps=self.left, images=round(self.images * share), hours=hours)
 
 
-def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
+def costs(runs: Iterable[Settings], device: str) -> list[Cost]:
     """Return the cost of each run on `device`, as `device_name` gives it."""
     found = []
-    for run in runs:
-        settings = params.resolve(run).settings
+    for settings in runs:
         schedule, row = settings.schedule, measurement(settings, device)
         steps = schedule.steps * len(settings.seeds)
         hours = None if row is None else steps * schedule.groups * row["step_ms"] / 3.6e6
@@ -60,7 +58,7 @@ def costs(params: Params, runs: Iterable[str], device: str) -> list[Cost]:
         if now == "to do" and left < steps:
             now = "started"
         memory = None if row is None else row["peak_bytes"]
-        found.append(Cost(run, now, steps, left, steps * schedule.batch_size, hours, memory))
+        found.append(Cost(settings.run, now, steps, left, steps * schedule.batch_size, hours, memory))
     return found
 
 

@@ -24,12 +24,6 @@ from reproduce.tables import Results, directions, label, notes
 
 BLANK = "–"
 VALUES_PER_COLUMN = 4
-NETWORKS = {
-    "fig1": "UPerNet with ResNet-101 on Cityscapes val",
-    "fig2": "UPerNet with Swin-S on ADE20K val",
-    "fig3": "HRNet on Cityscapes val",
-    "fig4": "OCRNet with ResNet-50 on CaDIS val, task 3",
-}
 
 
 def write_report(results: Results) -> Path:
@@ -57,7 +51,11 @@ def write_report(results: Results) -> Path:
             settings_tables.title(table): settings_tables.typeset_grid(table, params)
             for table in settings_tables.DATASETS
         },
-        "networks": NETWORKS,
+        "networks": {
+            figure: shown_network(params, pair[0], results.profile)
+            for figure, pair in {"fig1": TSNE_RUNS, **FIGURE_RUNS}.items()
+            if pair[0] in params.runs_of(results.profile)
+        },
         "figures": {name: _address(path.read_bytes(), "png") for name, path in pictures.items()},
         "picture": separation.pop("picture", None),
         "separation": {run: spaces for run, spaces in separation.items() if run != "points"},
@@ -76,6 +74,14 @@ def write_report(results: Results) -> Path:
     path = folder / "report.html"
     write_text(path, render("report.html.j2", facts))
     return path
+
+
+def shown_network(params: Params, run: str, profile: str) -> str:
+    """Return which network, trained on what, a figure shows."""
+    settings = params.resolve(run, profile).settings
+    data = settings.data
+    task = f", task {data.task}" if data.task else ""
+    return f"{settings.model.name} with {settings.model.backbone} on {data.name} {data.score_split}{task}"
 
 
 def compared_runs(params: Params, runs: Sequence[str]) -> list[tuple[str, str]]:

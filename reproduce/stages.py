@@ -17,7 +17,7 @@ from mscs.job import Job
 from mscs.params import load_params
 from mscs.paths import RESULTS, SeedFiles, data_root, dataset_root, read_resolved, resolve_all, resolved_path
 from mscs.results import read_json, write_json
-from reproduce.cells import FIGURE_RUNS, TSNE_RUNS
+from reproduce.cells import TSNE_RUNS
 from reproduce.pipeline import Pipeline
 from reproduce.runtime import run_in_container, wants_container
 from reproduce.tables import Results
@@ -33,12 +33,12 @@ def resolve(profile: str, *, check: bool = True) -> None:
     """
     params = load_params()
     if check:
-        Pipeline(params).check()
+        Pipeline(params, profile).check()
     write_json(resolved_path(profile), resolve_all(params, profile))
 
 
 def data(profile: str, dataset: str) -> None:
-    """Make (mini) or check (paper) one dataset and write its manifest."""
+    """Make (generated) or check (real) one dataset and write its manifest."""
     from mscs.datasets import build_dataset
     from mscs.datasets.toy import write_dataset
     from mscs.datasets.verify import verify
@@ -94,8 +94,8 @@ def qualitative(profile: str) -> None:
 
     folder, stamp = RESULTS / profile / "figures", Results(profile).stamp
     facts = {}
-    for figure, pair in FIGURE_RUNS.items():
-        baseline, ours = (_trained(profile, run) for run in pair)
+    for figure, pair in Pipeline(load_params(), profile).pairs.items():
+        baseline, ours = (_trained(profile, run)[0] for run in pair)
         facts[figure] = write_comparisons(figure, baseline, ours, folder, stamp)
     write_json(folder / "qualitative.json", facts)
 
@@ -112,16 +112,18 @@ VERBS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def _trained(profile: str, run: str) -> "TrainedRun":
+def _trained(profile: str, run: str) -> "list[TrainedRun]":
+    """Return the networks of a run, one per seed."""
     from mscs.runs import check_weights
     from reproduce.trained import TrainedRun
 
     settings = read_resolved(resolved_path(profile), run)
-    seed, root = settings.seeds[0], data_root(settings)
+    root = data_root(settings)
     launch.require_data(settings, root)
-    files = SeedFiles(profile, run, seed)
-    check_weights(settings, seed, files)
-    return TrainedRun(settings, files.weights, root, run)
+    files = {seed: SeedFiles(profile, run, seed) for seed in settings.seeds}
+    for seed, found in files.items():
+        check_weights(settings, seed, found)
+    return [TrainedRun(settings, found.weights, root, run) for found in files.values()]
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,10 @@ from mscs.results import join_seeds, read_json, write_json
 from reproduce.cells import Cell, Claim, cells, claims, row_cells, table_block
 from reproduce.rendering import markdown_list, write_table_files
 
-MINI_STAMP = "profile mini: generated data, tiny networks, not comparable with the paper"
-PAPER_STAMP = "profile paper"
+STAMPS = {
+    "mini": "profile mini: generated data, tiny networks, not comparable with the paper",
+    "small": "profile small: CamVid, EfficientNet-Lite0; comparable in direction, not in value",
+}
 PARAMETER_TOLERANCE = 1.0
 COMPARABLE = ("reproduced", "off", "cited, not judged", "not judged")
 """Statuses of cells whose difference to the paper's value is shown."""
@@ -68,7 +70,12 @@ class Results:
     @property
     def stamp(self) -> str:
         """What every table and figure of the profile says of itself."""
-        return MINI_STAMP if self.profile == "mini" else PAPER_STAMP
+        return STAMPS.get(self.profile, f"profile {self.profile}")
+
+    @property
+    def comparable(self) -> bool:
+        """Whether values of the profile can be set against those of the paper."""
+        return self.profile not in STAMPS
 
     def seed_files(self, run: str, name: str) -> list[Path]:
         """Return the files called `name` of a run's seeds, as far as they are there."""
@@ -150,8 +157,8 @@ class Results:
             return "out of memory" if cell.paper == "OOM" else "off"
         if cell.read == "parameters":
             close = difference is not None and abs(difference) < PARAMETER_TOLERANCE
-            return ("same count" if self.profile == "mini" else "reproduced") if close else "off"
-        if self.profile == "mini":
+            return ("reproduced" if self.comparable else "same count") if close else "off"
+        if not self.comparable:
             return "ran"
         if cell.read == "memory":
             return "measured"

@@ -18,7 +18,7 @@ from mscs.transforms import normalize, pad_reflect
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One run, the weights of its first seed, where its dataset lies, and its name."""
+    """One seed of a run, its weights, where its dataset lies, and its name."""
 
     settings: Settings
     weights: Path

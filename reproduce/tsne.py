@@ -16,6 +16,8 @@ and every class counts the same.
 Both networks are shown and measured on the same pixels.
 """
 
+import statistics
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,19 +88,25 @@ class Points:
         return Points(self.features[chosen], self.classes[chosen], self.images[chosen])
 
 
-def write_tsne(baseline: TrainedRun, ours: TrainedRun, folder: Path, stamp: str) -> None:
-    """Write fig1.png, fig1.pdf and fig1.json into `folder`."""
-    picture = MINI if baseline.settings.profile == "mini" else AUTHORS
-    sampled = [sample_pixels(run, picture) for run in (baseline, ours)]
-    dataset = baseline.dataset()
+def write_tsne(baseline: Sequence[TrainedRun], ours: Sequence[TrainedRun], folder: Path, stamp: str) -> None:
+    """Write fig1.png, fig1.pdf and fig1.json into `folder`: the picture of the first seed, numbers of all."""
+    picture = MINI if baseline[0].settings.data.source == "generated" else AUTHORS
+    numbers: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in NETWORKS}
+    sampled: list[dict[str, Points]] = []
+    for name, seeds in zip(NETWORKS, (baseline, ours), strict=True):
+        for run in seeds:
+            spaces = sample_pixels(run, picture)
+            numbers[name].append(
+                {space: separation(points) for space, points in spaces.items() if space != RAW}
+            )
+            if run is seeds[0]:
+                sampled.append(spaces)
+    dataset = baseline[0].dataset()
     counts = {
         space: {dataset.classes[i]: int((points.classes == i).sum()) for i in np.unique(points.classes)}
         for space, points in sampled[0].items()
     }
-    facts: dict[str, Any] = {
-        name: {space: separation(points) for space, points in spaces.items() if space != RAW}
-        for name, spaces in zip(NETWORKS, sampled, strict=True)
-    }
+    facts: dict[str, Any] = {name: over_seeds(seeds) for name, seeds in numbers.items()}
     facts["points"] = counts[ALL_SCALES]
     facts["picture"] = {
         "features": RAW,
@@ -226,6 +234,18 @@ def _knn_hits(distance: np.ndarray, index: np.ndarray, images: np.ndarray) -> np
     for place in range(nearest.shape[1]):
         votes[np.arange(len(index)), index[nearest[:, place]]] += 1 - 1e-3 * place
     return (votes.argmax(1) == index).astype(float)
+
+
+def over_seeds(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return mean and, with several seeds, standard deviation (`..._std`) of the numbers of every space."""
+    found: dict[str, dict[str, float]] = {}
+    for space in seeds[0]:
+        for name in seeds[0][space]:
+            values = [numbers[space][name] for numbers in seeds if space in numbers]
+            found.setdefault(space, {})[name] = round(statistics.fmean(values), 6)
+            if len(values) > 1:
+                found[space][f"{name}_std"] = round(statistics.stdev(values), 6)
+    return found
 
 
 def embed(points: Points, iterations: int) -> np.ndarray:

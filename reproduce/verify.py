@@ -5,7 +5,7 @@ A cell is reproduced when our value lies within the dataset's tolerance of the p
 direction holds when its gap has the paper's sign, and is certain when it also exceeds twice the standard
 error of the difference of the two means; with a single seed nothing is certain. A cell whose published value
 is no measurement of the paper's own (`judged: false` in paper.yaml) is shown and not judged. In profile mini
-no direction is judged: its cells say what ran.
+no direction is judged, in profile small no value: their cells say what ran.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def verify(results: Results) -> Outcome:
         {"table": one.claim.table, **vars(one), "claim": one.claim.text} for one in directions(results)
     ]
     statuses = {row["status"] for row in [*cell_rows, *claim_rows]}
-    failed = results.profile != "mini" and not statuses.isdisjoint({"not reproduced", "contradicted"})
+    failed = results.comparable and not statuses.isdisjoint({"not reproduced", "contradicted"})
     facts = {"profile": results.profile, "stamp": results.stamp}
     document = {**facts, "claims": claim_rows, "cells": cell_rows}
     gaps = [
@@ -83,7 +83,7 @@ def _cell_row(results: Results, cell: Cell) -> dict[str, Any]:
         "column": cell.column,
         "paper": cell.paper,
         "ours": filled.ours.number,
-        "difference": None if results.profile == "mini" else filled.difference,
+        "difference": filled.difference if results.comparable else None,
         "std": filled.ours.std,
         "n": filled.ours.n,
         "status": status,

@@ -47,11 +47,6 @@ def visible_gpus() -> list[str]:
     return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
-def upstream(plan: Pipeline, runs: Sequence[str]) -> list[str]:
-    """Return the stages that several runs share: the settings and the data."""
-    return [f"resolve@{plan.params.profile}", *map(plan.data_stage, plan.datasets(runs))]
-
-
 def changed(environment: Mapping[str, str]) -> set[str]:
     """Return the stages that DVC holds for out of date, so that none is asked about one by one."""
     command = [*DVC, "--wait-for-lock", "status", "--json"]
@@ -71,7 +66,7 @@ def side_by_side(
 
     After a failure no further training is started, unless `keep_going`; those under way end.
     """
-    code = subprocess.run([*DVC, "repro", *upstream(plan, runs)], check=False, env=environment).returncode
+    code = subprocess.run([*DVC, "repro", *plan.shared_stages(runs)], check=False, env=environment).returncode
     if code:
         return code
     stale = changed(environment)
