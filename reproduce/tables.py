@@ -14,6 +14,7 @@ from mscs.params import Params, load_params
 from mscs.paths import RESULTS
 from mscs.results import join_seeds, read_json, write_json
 from reproduce.cells import Cell, Claim, cells, claims, row_cells, table_block
+from reproduce.records import Evaluation, Record, read_as
 from reproduce.rendering import markdown_list, write_table_files
 
 STAMPS = {
@@ -96,7 +97,7 @@ class Results:
 
     def evaluation(self, run: str) -> dict[str, Any] | None:
         """Return the scores of all seeds of a run in one record, or None where it has not been run."""
-        records = [read_json(path) for path in self.seed_files(run, "evaluation.json")]
+        records = [read_as(path, Evaluation) for path in self.seed_files(run, "evaluation.json")]
         trainings = [(record.get("digest"), record.get("numerics")) for record in records]
         if any(training != trainings[0] for training in trainings):
             raise MscsError(
@@ -107,7 +108,7 @@ class Results:
 
     def record(self, run: str) -> dict[str, Any]:
         """Return what a run was made with: its first seed's run.json, with the costs of all; may be empty."""
-        records = [read_json(path) for path in self.seed_files(run, "run.json")]
+        records = [read_as(path, Record) for path in self.seed_files(run, "run.json")]
         if not records:
             return {}
         hours = [record["gpu_hours"] for record in records if record["gpu_hours"] is not None]

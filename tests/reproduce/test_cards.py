@@ -7,7 +7,7 @@ import pytest
 from mscs.results import write_json
 from reproduce.cards import data_card, write_cards
 from reproduce.cli import main
-from reproduce.tables import MINI_STAMP, Results
+from reproduce.tables import STAMPS, Results
 
 ROOT = Path(__file__).parents[2]
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
@@ -49,7 +49,7 @@ def test_a_card_for_each_run_and_dataset_that_is_there(results, params):
 
 def test_model_card_shows_scores_settings_sources_and_ledger(results, params):
     text = write_cards(results)[0].read_text()
-    assert MINI_STAMP in text
+    assert STAMPS["mini"] in text
     assert "| ss | 31.25 ± 0.50 | 3 |" in text
     assert "| 2b | HRNet / +ours / 8 | mIoU 40K | 81.5 | 31.2 ± 0.5 (n=3) |  | ran |" in text
     steps = params.resolve(RUN, "mini").settings.schedule.steps

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mscs.errors import UsageError
 from mscs.params import load_params
@@ -86,7 +87,8 @@ def test_a_training_depends_on_its_settings_and_data_and_an_evaluation_on_weight
         weights = f"work/mini/runs/{run}/weights/seed-0.safetensors"
         train, evaluate = (found[name] for name in pipeline.stages_of(run))
         assert (train["deps"], evaluate["deps"]) == ([data], [data, weights])
-        assert train["outs"] == [weights]
+        assert train["outs"][0] == weights
+        assert all(list(options) == ["cache"] for out in train["outs"][1:] for options in out.values())
         for verb, stage in (("train", train), ("evaluate", evaluate)):
             assert stage["params"] == [{"results/mini/resolved.json": [f"runs.{run}.{verb}"]}]
             assert stage["cmd"] == f"reproduce/stage {verb} mini {run} 0"
@@ -208,6 +210,34 @@ def test_targets_name_stages_that_exist(pipeline, target, stage):
 def test_an_unknown_target_names_the_nearest(pipeline):
     with pytest.raises(UsageError, match="did you mean 'cadis-ocrnet-r50-ours'"):
         pipeline.wanted(["cadis-ocrnet-r50-our"])
+
+
+def test_a_profile_with_a_choice_of_runs_has_a_file_of_its_own(params):
+    small = Pipeline(params, "small")
+    (path,) = small.files()
+    assert str(path) == "reproduce/small/dvc.yaml"
+    assert yaml.safe_load((ROOT / path).read_text()) == small.files()[path]
+    stages, runs = small.wanted(["2b", "fig3"])
+    assert all(stage.startswith("reproduce/small/dvc.yaml:") for stage in stages)
+    assert set(runs) == {run for run in table_runs("2b") if run in params.runs_of("small")}
+    assert len(stages) == 3 * len(runs) + 1, "three seeds of each, and the figure"
+    assert small.wanted([]) == (["reproduce/small/dvc.yaml"], small.default)
+    with pytest.raises(UsageError, match="target of profile small 'fig2'; did you mean 'fig1'"):
+        small.wanted(["fig2"])
+
+
+def test_params_name_a_profile_that_has_all_runs(folder, capsys):
+    replace(folder / "params.yaml", "\nprofile: mini", "\nprofile: small")
+    assert cli.main(["run", "--profile", "paper", "2b"]) == 2
+    assert "python -m reproduce run --profile small" in capsys.readouterr().err
+
+
+def test_only_results_in_git_are_metrics_of_the_project(params):
+    root = Pipeline(params).files()[Path("dvc.yaml")]
+    assert root["metrics"] == [f"results/small/tables/{table}.json" for table in ("1a", "1b", "2a", "2b")]
+    assert not any("metrics" in stage or "plots" in stage for stage in root["stages"].values())
+    paper = Pipeline(params, "paper").files()[Path("dvc.yaml")]
+    assert "metrics" in paper["stages"]["evaluate_cityscapes_seed0"]
 
 
 def dvc(folder, *arguments):

@@ -43,7 +43,7 @@ def measured(settings, folder, device=DEVICE, step_ms=250.0, **changes):
 def test_hours_are_steps_times_four_groups(params, tmp_path):
     settings = params.resolve(RUN).settings
     measured(settings, tmp_path / "measured")
-    (cost,) = plan.costs(params, [RUN], DEVICE)
+    (cost,) = plan.costs([params.resolve(RUN).settings], DEVICE)
     assert cost.steps == settings.schedule.steps
     assert cost.images == settings.schedule.steps * settings.schedule.batch_size
     assert cost.hours == pytest.approx(settings.schedule.steps * 4 * 0.25 / 3600)
@@ -64,7 +64,7 @@ def test_hours_are_steps_times_four_groups(params, tmp_path):
 def test_what_was_not_measured_is_unknown(params, tmp_path, other):
     settings = params.resolve(RUN).settings
     measured(settings, tmp_path / "measured", **{"device": DEVICE, **other})
-    found = plan.costs(params, [RUN], DEVICE)
+    found = plan.costs([params.resolve(RUN).settings], DEVICE)
     assert found[0].hours is None
     document = plan.document(found, DEVICE, 1)
     assert document["total"]["wall_hours"] is None
@@ -94,7 +94,7 @@ def test_a_run_that_has_begun_costs_what_is_left(params, tmp_path):
     folder = tmp_path / "work" / settings.profile / "checkpoints" / f"{RUN}-{settings.digest()}" / "seed-0"
     for step in (4, settings.schedule.steps // 2):
         write_json(folder / f"step-{step:08d}.json", {"step": step})
-    (cost,) = plan.costs(params, [RUN], DEVICE)
+    (cost,) = plan.costs([params.resolve(RUN).settings], DEVICE)
     assert (cost.state, cost.left) == ("started", settings.schedule.steps - settings.schedule.steps // 2)
     document = plan.document([cost], DEVICE, 1)
     assert document["to_do"]["hours"] == pytest.approx(document["total"]["hours"] / 2)

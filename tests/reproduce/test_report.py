@@ -16,7 +16,7 @@ from reproduce.cells import TABLES, cells, table_block
 from reproduce.curves import draw_losses, mean_curve
 from reproduce.report import BLANK, class_table, compared_runs, write_report
 from reproduce.settings_tables import DATASETS, stamp, title, typeset_grid
-from reproduce.tables import MINI_STAMP, Results
+from reproduce.tables import STAMPS, Results
 
 PAIR = ("cityscapes-hrnet-hr48-ce", "cityscapes-hrnet-hr48-ours")
 PIXEL = base64.b64decode(
@@ -138,7 +138,7 @@ def test_page_can_be_navigated_and_heard(html):
 
 
 def test_page_shows_stamp_and_every_table(html):
-    assert html.count(MINI_STAMP) == 1
+    assert html.count(STAMPS["mini"]) == 1
     for name in TABLES:
         assert f"our {name}" in html
         assert table_block(name)["title"] in html.replace("&gt;", ">")

@@ -112,7 +112,7 @@ def runs(tmp_path: Path) -> list[TrainedRun]:
 def test_figure_has_numbers_for_both_runs_and_every_scale(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(tsne, "PER_CLASS", 12)
     monkeypatch.setattr(tsne, "PER_CLASS_OF_SCALE", 10)
-    write_tsne(*runs, tmp_path, "profile mini: a stamp")
+    write_tsne([runs[0]], [runs[1]], tmp_path, "profile mini: a stamp")
     found = json.loads((tmp_path / "fig1.json").read_text())
     assert list(found) == [*tsne.NETWORKS, "points", "picture"]
     assert found["picture"]["iterations"] == tsne.MINI.iterations
@@ -171,14 +171,32 @@ def test_profile_paper_draws_as_the_authors_and_mini_less(tmp_path, runs, monkey
     asked = []
     plane = lambda points, iterations: asked.append(iterations) or np.zeros((len(points.classes), 2))  # noqa: E731
     monkeypatch.setattr(tsne, "embed", plane)
-    pairs = {
-        "paper": [replace(run, settings=run.settings.model_copy(update={"profile": "paper"})) for run in runs]
-    }
-    for name, pair in ({"mini": runs} | pairs).items():
+
+    def real(run):
+        data = run.settings.data.model_copy(update={"source": "real"})
+        return replace(run, settings=run.settings.model_copy(update={"data": data}))
+
+    for name, pair in {"mini": runs, "paper": [real(run) for run in runs]}.items():
         asked.clear()
-        write_tsne(*pair, tmp_path / name, "a stamp")
+        write_tsne(pair[:1], pair[1:], tmp_path / name, "a stamp")
         expected = tsne.MINI if name == "mini" else tsne.AUTHORS
         assert asked == [expected.iterations] * 2
         drawn = json.loads((tmp_path / name / "fig1.json").read_text())["picture"]
         assert (drawn["per_class"], drawn["perplexity"]) == (expected.per_class, 30)
         assert drawn["iterations"] == expected.iterations
+
+
+def test_numbers_of_several_seeds_are_mean_and_standard_deviation(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(tsne, "PER_CLASS", 12)
+    monkeypatch.setattr(tsne, "PER_CLASS_OF_SCALE", 10)
+    monkeypatch.setattr(tsne, "embed", lambda points, iterations: np.zeros((len(points.classes), 2)))
+    single = []
+    for name, seeds in (("a", runs[:1]), ("b", runs[1:]), ("both", runs)):
+        write_tsne(seeds, seeds, tmp_path / name, "a stamp")
+        found = json.loads((tmp_path / name / "fig1.json").read_text())[tsne.NETWORKS[0]]
+        single.append(found[tsne.ALL_SCALES])
+    a, b, both = single
+    for key in ("knn_accuracy", "silhouette", "distance_ratio"):
+        assert both[key] == pytest.approx((a[key] + b[key]) / 2, abs=1e-5)
+        assert both[f"{key}_std"] == pytest.approx(abs(a[key] - b[key]) / 2**0.5, abs=1e-5)
+        assert f"{key}_std" not in a
