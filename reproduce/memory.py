@@ -25,6 +25,7 @@ CAP_GB = 24.0
 BACKENDS = {"dense_gb": "reference", "ours_gb": "auto"}
 LABEL_BLOCK = 32  # side of equally labelled squares, so that every scale shows several classes
 STEPS = 2  # the optimiser's state exists from the second on
+GIB = 2**30
 
 Measure = Callable[[Settings, str], float | None]
 
@@ -36,23 +37,31 @@ def memory_runs() -> list[str]:
 
 def measure_runs(params: Params, measure: Measure) -> dict[str, dict[str, float | str]]:
     """Return {run: {dense_gb, ours_gb}}; "OOM" where `measure` gave None."""
-    found: dict[str, dict[str, float | str]] = {}
-    for run in memory_runs():
-        settings = params.resolve(run, "paper", {"pretrained": False}).settings
-        peaks = {key: measure(settings, backend) for key, backend in BACKENDS.items()}
-        found[run] = {key: "OOM" if peak is None else round(peak, 2) for key, peak in peaks.items()}
-    return found
+    paper = {run: params.resolve(run, "paper", {"pretrained": False}).settings for run in memory_runs()}
+    return {run: measure_run(settings, measure) for run, settings in paper.items()}
+
+
+def measure_run(settings: Settings, measure: Measure) -> dict[str, float | str]:
+    """Return {dense_gb, ours_gb} of one run; "OOM" where `measure` gave None."""
+    peaks = {key: measure(settings, backend) for key, backend in BACKENDS.items()}
+    return {key: "OOM" if peak is None else round(peak, 2) for key, peak in peaks.items()}
 
 
 def measure_on_gpu(params: Params) -> dict[str, Any]:
     """Return memory.json's content for the current CUDA device; MscsError where there is none."""
     if not torch.cuda.is_available():
         raise MscsError("measuring GPU memory needs a CUDA device, and PyTorch sees none (see `mscs doctor`)")
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GB * 2**30 / total))
-    cap = min(CAP_GB, total / 2**30)
+    cap = limit_memory(CAP_GB)
     runs = measure_runs(params, gpu_peak)
-    return {"device": torch.cuda.get_device_name(0), "cap_gb": round(cap, 1), "runs": runs}
+    return {"device": torch.cuda.get_device_name(0), "cap_gb": cap, "runs": runs}
+
+
+def limit_memory(cap_gb: float | None) -> float:
+    """Let PyTorch use so many GiB of the current GPU (None: all); return how many that are."""
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    cap = total if cap_gb is None else min(cap_gb, total)
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    return round(cap, 1)
 
 
 def gpu_peak(settings: Settings, backend: str) -> float | None:
@@ -64,7 +73,7 @@ def gpu_peak(settings: Settings, backend: str) -> float | None:
         train_steps(settings, backend, torch.device("cuda"))
     except torch.OutOfMemoryError:
         return None
-    return torch.cuda.max_memory_allocated() / 2**30
+    return torch.cuda.max_memory_allocated() / GIB
 
 
 def train_steps(settings: Settings, backend: str, device: torch.device) -> float:
