@@ -87,7 +87,7 @@ def settings_of(job):
     params = load_params(ROOT / "params.yaml")
     schedule = params.resolve(job["run"], job["profile"]).settings.schedule
     overrides = {**job["options"], "pretrained": False, "skip_wrong_labels": False, "lr": 0.0}
-    overrides |= {"batch_size": schedule.images_per_group, "images_per_group": schedule.images_per_group}
+    overrides |= {"batch_size": job["batch"], "images_per_group": job["batch"]}
     overrides["accumulation_steps"] = 1
     if job["quick"]:
         sides = [max(64, side // 8 // 32 * 32) for side in schedule.crop_size]

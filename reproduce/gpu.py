@@ -29,7 +29,7 @@ ESTIMATED_FOR = 790e12
 """FLOP/s of fp16 products of the device (an H100) for which the jobs' seconds were estimated."""
 START = 8.0  # seconds until a process has loaded PyTorch and found the GPU
 SPARE = 5.0  # seconds kept for the page
-PATIENCE = 4.0  # times its estimate a job may take, and a minute more
+PATIENCE, PATIENCE_SECONDS = 4.0, 60.0  # times its estimate a job may take, and so many seconds more
 MEASURED, FAILED, CUT_OFF = "measured", "failed", "cut off"
 
 
@@ -74,7 +74,7 @@ class Item:
 
 
 class Worker:
-    """A process that carries out jobs one after the other."""
+    """A process that carries out jobs one after the other, in a session of its own."""
 
     def __init__(self, log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -198,25 +198,27 @@ class Run:
         for item in items:
             results = self.document["results"].setdefault(item.name, {})
             jobs = [job for job in item.jobs(self.context) if job.later == later]
-            worker = None
-            for job in jobs:
-                if results.get(job.name, {}).get("state") == MEASURED:
-                    continue
-                fresh = worker is None or not worker.alive
-                need = 0.0 if self.dry_run else job.seconds * self.scale(item) + START * fresh
-                if need > self.left:
-                    self.skipped.append(f"{item.name}: {job.name} (about {need:.0f} s)")
-                    continue
-                print(f"{item.name}: {job.name}, about {need:.0f} s, {self.left:.0f} s left", flush=True)
-                if worker is None or not worker.alive:
-                    worker = Worker(log)
-                self.carry_out(item, job, worker, results, need)
-            if worker is not None:
-                worker.close()
+            worker: Worker | None = None
+            try:
+                for job in jobs:
+                    if results.get(job.name, {}).get("state") == MEASURED:
+                        continue
+                    if worker is not None and not worker.alive:
+                        worker = None
+                    need = 0.0 if self.dry_run else job.seconds * self.scale(item) + START * (worker is None)
+                    if need > self.left:
+                        self.skipped.append(f"{item.name}: {job.name} (about {need:.0f} s)")
+                        continue
+                    print(f"{item.name}: {job.name}, about {need:.0f} s, {self.left:.0f} s left", flush=True)
+                    worker = worker or Worker(log)
+                    self.carry_out(item, job, worker, results, need)
+            finally:
+                if worker is not None:
+                    worker.close()
 
     def carry_out(self, item: Item, job: Job, worker: Worker, results: dict[str, Any], need: float) -> None:
         """Let a worker do a job; write down what came of it, and its parts as they come."""
-        limit = self.left if self.dry_run else min(self.left, PATIENCE * need + 60)
+        limit = self.left if self.dry_run else min(self.left, PATIENCE * need + PATIENCE_SECONDS)
         begun, session = time.monotonic(), len(self.document["sessions"]) - 1
         for state, value in worker.ask(item.run, job.arguments, limit):
             entry = results.setdefault(job.name, {})

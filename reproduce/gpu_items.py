@@ -87,7 +87,7 @@ def loss_jobs(context: Context) -> list[Job]:
     """The loss at several numbers of anchors, and on all pixels; profiles of what misses its target."""
     from reproduce.gpu_page import loss_targets
 
-    rows = {48: 1.0, 96: 1.0} if context.dry_run else ROWS
+    rows = {48: 1} if context.dry_run else ROWS
     crops = (1,) if context.dry_run else (1, 2)
     jobs = [
         Job(f"{n} rows", s, {"part": "self", "rows": n, "methods": ["dense", "ours"]})
@@ -134,9 +134,9 @@ def memory_jobs(context: Context) -> list[Job]:
     from reproduce.memory import CAP_GB, memory_runs
 
     caps = {f"under {CAP_GB:g} GiB": CAP_GB, "all memory": None}
-    runs = memory_runs()[:2] if context.dry_run else memory_runs()
+    runs = memory_runs()[:1] if context.dry_run else memory_runs()
     return [
-        Job(f"{run}, {text}", 15, {"run": run, "cap_gb": cap, "tiny": context.dry_run})
+        Job(f"{run}, {text}", 15, {"run": run, "cap_gb": cap, "tiny": context.dry_run}, cap is None)
         for text, cap in caps.items()
         for run in runs
     ]
@@ -164,29 +164,39 @@ def run_memory(run: str, cap_gb: float | None, tiny: bool) -> dict[str, Any]:
 
 
 def step_jobs(context: Context) -> list[Job]:
-    """A step of every network, loss and group of images in profile paper; then the variants of every row."""
+    """A step of every network, loss and group of images in profile paper; then the variants of every row.
+
+    The second round begins with the images per GPU of mmsegmentation's published figures.
+    """
+    from reproduce.gpu_page import MMSEGMENTATION
+
     step = script("step")
-    losses = ("ours", "ce")
-    order = sorted(
-        context.params.runs,
-        key=lambda run: next((i for i, loss in enumerate(losses) if run.endswith(f"-{loss}")), len(losses)),
-    )
     profile = ["--profile", "mini", "--quick"] if context.dry_run else ["--profile", "paper"]
+    order = sorted(context.params.runs, key=lambda run: (not run.endswith("-ours"), not run.endswith("-ce")))
     base = list(step.jobs(step.parse([*profile, "--variants", "settings", "--runs", *order])))
-    others = [name for name in step.VARIANTS if name != "fp32 channels-last"]  # that is what "settings" are
-    others.sort(key=lambda name: "compile" in name)
-    variants = [job for name in others for job in step.jobs(step.parse([*profile, "--variants", name]))]
-    if context.dry_run:
-        base, variants = base[:1], [variants[0]]
-    return [
-        Job(
-            f"{job['row']} {job['loss']} x{job['batch']}, {job['variant']}",
-            90 if job["options"]["compile"] else 9,
-            {"job": job},
-            later=job["variant"] != "settings",
-        )
-        for job in [*base, *variants]
+    entropy = [job for job in base if job["loss"] == "ce"]
+    later = [
+        job | {"batch": images}
+        for job in entropy
+        if (images := MMSEGMENTATION.get(job["row"], (job["batch"],))[0]) != job["batch"]
     ]
+    measured = {_step_name(job) for job in base}
+    later = [job for job in later if _step_name(job) not in measured]
+    others = [name for name in step.VARIANTS if name != "fp32 channels-last"]  # that is what "settings" are
+    for name in sorted(others, key=lambda name: "compile" in name):
+        later += step.jobs(step.parse([*profile, "--variants", name]))
+    if context.dry_run:
+        base, later = base[:1], later[:1]
+    jobs = [(job, False) for job in base] + [(job, True) for job in later]
+    return [Job(_step_name(job), _step_seconds(job), {"job": job}, second) for job, second in jobs]
+
+
+def _step_name(job: Mapping[str, Any]) -> str:
+    return f"{job['row']} {job['loss']} x{job['batch']}, {job['variant']}"
+
+
+def _step_seconds(job: Mapping[str, Any]) -> float:
+    return 90 if job["options"]["compile"] else 9
 
 
 def run_step(job: Mapping[str, Any]) -> dict[str, Any]:
