@@ -1,8 +1,8 @@
-"""Take a dataset of PNG files to a machine without a network, losslessly and in parts.
+"""Take CamVid to a machine without a network, losslessly and in parts.
 
 `pack` writes every picture as lossless WebP into zip files of at most --megabytes, each with the SHA-256 of
 all decoded pixels; `unpack` writes PNG files again once all parts are there, and refuses pixels with another
-digest. The files differ from the original ones, the pixels do not.
+digest. The files differ from the official ones, the pixels do not.
 
     python benchmarks/camvid.py pack data/camvid work/camvid
     python benchmarks/camvid.py unpack work/camvid data/camvid
@@ -26,6 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mscs.datasets.registry import dataset_spec  # noqa: E402
 from mscs.errors import MscsError, UsageError  # noqa: E402
 from mscs.results import atomic_path, inside  # noqa: E402
 
@@ -142,6 +143,9 @@ def main():
     args = parse()
     try:
         if args.verb == "pack":
+            changed = dataset_spec("camvid").changed_files(args.source)
+            if changed:
+                raise MscsError(f"{args.source}: {changed[0]} is not the official file; fetch CamVid again")
             print(pack(args.source, args.target, args.megabytes << 20))
         else:
             print(unpack(args.source, args.target))

@@ -78,7 +78,7 @@ class Worker:
 
     def __init__(self, log: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
+        context.set_forkserver_preload(["mscs.build"])  # with PyTorch and timm: they take seconds
         self.connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, log))
         self.process.start()

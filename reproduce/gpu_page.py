@@ -10,7 +10,6 @@ from mscs.results import write_json, write_text
 from reproduce import plan
 from reproduce.cells import TABLES, table_runs
 from reproduce.gpu import FAILED, MEASURED, Context, Item, slug
-from reproduce.memory import CAP_GB
 from reproduce.rendering import markdown_list, markdown_page, markdown_table
 
 FP32, FP16 = "ours, fp32 grade", "ours, fp16 grade"
@@ -141,13 +140,15 @@ def export(context: Context, document: Mapping[str, Any]) -> None:
     packages = document["sessions"][-1]["packages"]
     for folder in (context.out, WORK / profile / "benchmark") if rows else ():
         write_json(folder / f"step-{name}-{profile}.json", facts | {"packages": packages, "results": rows})
+    peaks = [e for e in _measured(context, "memory") if e["arguments"]["cap_gb"] is not None]
     capped = {
         entry["arguments"]["run"]: {key: entry["result"][key] for key in ("dense_gb", "ours_gb")}
-        for entry in _measured(context, "memory")
-        if entry["arguments"]["cap_gb"] == CAP_GB and "failed" not in entry["result"]
+        for entry in peaks
+        if "failed" not in entry["result"]
     }
     if capped:
-        facts = {"device": context.device, "cap_gb": CAP_GB, "packages": packages, "runs": capped}
+        cap = peaks[0]["result"]["cap_gb"]
+        facts = {"device": context.device, "cap_gb": cap, "packages": packages, "runs": capped}
         write_json(context.out / "memory.json", facts)
 
 

@@ -7,19 +7,15 @@ of memory in use (PyTorch's allocator, GiB), without the CUDA context that nvidi
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-
-from mscs import build
-from mscs.datasets import label_set
 from mscs.errors import MscsError
-from mscs.losses import MultiScaleContrastiveLoss
 from mscs.params import Params
-from mscs.seeding import torch_generator
 from mscs.settings import Settings
 from reproduce.cells import cells
+
+if TYPE_CHECKING:
+    import torch
 
 CAP_GB = 24.0
 BACKENDS = {"dense_gb": "reference", "ours_gb": "auto"}
@@ -49,6 +45,8 @@ def measure_run(settings: Settings, measure: Measure) -> dict[str, float | str]:
 
 def measure_on_gpu(params: Params) -> dict[str, Any]:
     """Return memory.json's content for the current CUDA device; MscsError where there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         raise MscsError("measuring GPU memory needs a CUDA device, and PyTorch sees none (see `mscs doctor`)")
     cap = limit_memory(CAP_GB)
@@ -58,6 +56,8 @@ def measure_on_gpu(params: Params) -> dict[str, Any]:
 
 def limit_memory(cap_gb: float | None) -> float:
     """Let PyTorch use so many GiB of the current GPU (None: all); return how many that are."""
+    import torch
+
     total = torch.cuda.get_device_properties(0).total_memory / GIB
     cap = total if cap_gb is None else min(cap_gb, total)
     torch.cuda.set_per_process_memory_fraction(cap / total)
@@ -66,6 +66,8 @@ def limit_memory(cap_gb: float | None) -> float:
 
 def gpu_peak(settings: Settings, backend: str) -> float | None:
     """Return the peak in GiB of training one group of images, None if the memory ran out."""
+    import torch
+
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -76,8 +78,16 @@ def gpu_peak(settings: Settings, backend: str) -> float | None:
     return torch.cuda.max_memory_allocated() / GIB
 
 
-def train_steps(settings: Settings, backend: str, device: torch.device) -> float:
+def train_steps(settings: Settings, backend: str, device: "torch.device") -> float:
     """Train `STEPS` steps on one group of drawn images; return the last loss."""
+    import torch
+    import torch.nn.functional as F
+
+    from mscs import build
+    from mscs.datasets import label_set
+    from mscs.losses import MultiScaleContrastiveLoss
+    from mscs.seeding import torch_generator
+
     build.apply_machine_settings(settings)
     labels = label_set(settings.data.name, settings.data.task)
     model = build.network(settings, labels.num_classes, seed=0).to(device).train()
