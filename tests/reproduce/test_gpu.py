@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 # fmt: off
 BARE = [
     "annotated-doc", "anyio", "certifi", "charset-normalizer", "click", "contourpy", "cycler",
-    "filelock", "fonttools", "fsspec", "h11", "hf-xet", "httpcore", "httpcore2", "httpx", "httpx2", "huggingface-hub",
+    "filelock", "fonttools", "fsspec", "h11", "hf-xet", "httpcore", "httpcore2", "httpx", "httpx2",
+    "huggingface-hub",
     "hypothesis", "idna", "iniconfig", "jinja2", "joblib", "kiwisolver", "markdown-it-py", "markupsafe",
     "matplotlib", "mdurl", "mpmath", "networkx", "numpy", "opencv-python-headless", "packaging",
     "pandas", "pillow", "pip", "pluggy", "psutil", "pygments", "pyparsing", "pytest", "pytest-xdist",
