@@ -104,7 +104,9 @@ def curve(job, scratch):
     """Train from start to end; return losses, seconds and peak bytes."""
     from mscs.results import read_json
 
-    folder = project(scratch / f"{job['run']}-whole")
+    folder = scratch / f"{job['run']}-whole"
+    shutil.rmtree(folder, ignore_errors=True)
+    project(folder)
     finished(mscs(folder, *train_words(job, scratch)))
     (path,) = folder.glob("results/*/runs/*/seed-*/run.json")
     record = read_json(path)
@@ -119,7 +121,9 @@ def resumed(job, scratch):
     whole = scratch / f"{job['run']}-whole"
     if not list(whole.glob("results/*/runs/*/seed-*/train.json")):
         curve(job, scratch)
-    folder, words = project(scratch / f"{job['run']}-killed"), train_words(job, scratch)
+    folder, words = scratch / f"{job['run']}-killed", train_words(job, scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    project(folder)
     process = mscs(folder, *words)
     while process.poll() is None and not list(folder.glob("work/*/checkpoints/*/seed-*/step-*.json")):
         time.sleep(POLL)
@@ -199,6 +203,7 @@ def side_by_side(job, scratch, archive):
     Those whose scores are in `archive` are done. The archive holds results only and is replaced after each.
     """
     folder = project(scratch / "side-by-side")
+    shutil.rmtree(folder / "results", ignore_errors=True)  # of earlier calls the archive's count
     if archive.exists():
         with tarfile.open(archive) as earlier:
             earlier.extractall(folder, filter="data")
