@@ -87,7 +87,7 @@ def train_words(job, scratch):
     dataset = load_params(ROOT / "params.yaml").run_info(job["run"])["dataset"]
     scenes = {"train_images": job["images"], "val_images": 1, "image_size": job["image_size"]}
     data = scratch / f"{dataset}-{job['image_size'][0]}"
-    write_dataset(dataset, data, train=job["images"], val=1, image_size=job["image_size"], progress=False)
+    write_dataset(dataset, data, train=job["images"], val=1, image_size=job["image_size"])
     own = {"data_source": "generated", "pretrained": False, **scenes}
     words = words_of(job | {"overrides": job["overrides"] | own}, data=data)
     return ["train", *words, "--processes", "1", "--workers", "0"]
@@ -217,7 +217,10 @@ def side_by_side(job, scratch, archive):
             finished(mscs(folder, "evaluate", *words))
             with lock:
                 _archive(folder, archive)
-        return _score(folder, run, seed)
+        score = _score(folder, run, seed)
+        if score is None:
+            raise RuntimeError(f"{run} seed {seed}: trained and evaluated, but there is no evaluation.json")
+        return score
 
     found = {"scores": {}, "failed": {}}
     with ThreadPoolExecutor(job["side"]) as threads:

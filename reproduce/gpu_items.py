@@ -241,7 +241,7 @@ def run_small(job: Mapping[str, Any], archive: str) -> Iterator[dict[str, Any]]:
 
         if not CAMVID.exists():
             script("camvid").unpack(PACKED, CAMVID)
-            verify("camvid", CAMVID, progress=False, official=False)  # the same pixels, in other files
+            verify("camvid", CAMVID, official=False)  # the same pixels, in other files
         job = dict(job) | {"data": str(CAMVID.resolve())}
     yield from script("training").side_by_side(job, SCRATCH.resolve(), Path(archive))
 

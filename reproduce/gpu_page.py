@@ -101,7 +101,11 @@ def write_page(
         entries = context.results.get(item.name, {})
         failed = [f"{name}: {e['error']}" for name, e in entries.items() if e["state"] == FAILED]
         open_jobs = [job.name for job in item.jobs(context) if _state(entries, job.name) != MEASURED]
-        blocks += [f"## {item.title}", *sections[item.name](context)]
+        blocks.append(f"## {item.title}")
+        try:
+            blocks += sections[item.name](context)
+        except Exception as error:  # one odd result must not cost the page of the others
+            blocks.append(f"This part of the page failed, the state file has its figures: {error!r}")
         blocks += [markdown_list("Failed:", failed)]
         blocks += [
             markdown_list("Remaining:", [name for name in open_jobs if _state(entries, name) != FAILED])
@@ -267,7 +271,7 @@ def small(context: Context) -> list[str]:
     blocks = []
     for entry in context.results.get("small", {}).values():
         result = entry.get("result", {})
-        rows = [[name, f"{score:.2f}"] for name, score in sorted(result.get("scores", {}).items())]
+        rows = [[name, _number(score)] for name, score in sorted(result.get("scores", {}).items())]
         blocks.append(markdown_table(["training", "mIoU ss"], rows))
         blocks.append(markdown_list("Failed:", [f"{k}: {v}" for k, v in result.get("failed", {}).items()]))
     return blocks

@@ -27,7 +27,7 @@ BARE = [
     "pandas", "pillow", "pip", "pluggy", "psutil", "pygments", "pyparsing", "pytest", "pytest-xdist",
     "execnet", "python-dateutil", "pyyaml", "regex", "requests", "rich", "safetensors", "scikit-image",
     "scikit-learn", "scipy", "setuptools", "shellingham", "six", "sortedcontainers", "sympy",
-    "threadpoolctl", "timm", "torch", "torchmetrics", "torchvision", "tqdm", "triton", "typer",
+    "threadpoolctl", "timm", "torch", "torchmetrics", "torchvision", "tqdm", "triton", "truststore", "typer",
     "typing-extensions", "urllib3", "wheel",
 ]
 # fmt: on
