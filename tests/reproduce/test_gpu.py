@@ -318,7 +318,8 @@ def bare_machine(tmp_path):
 
 
 def dry_run(folder, environment, *items):
-    command = [sys.executable, "-m", "reproduce", "gpu", "--dry-run", "--out", str(folder), *items]
+    command = [sys.executable, "-m", "reproduce", "gpu", "--dry-run", "--minutes", "30"]
+    command += ["--out", str(folder), *items]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     log = folder / "gpu.log"
     said = done.stdout + done.stderr + (log.read_text()[-3000:] if log.exists() else "")
