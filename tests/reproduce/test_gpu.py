@@ -224,7 +224,7 @@ def test_the_page_judges_and_what_it_exports_is_read_by_plan(params, tmp_path, m
     assert "Python 3.12.3" in text
     assert "torch 2.11.0, triton 3.6.0" in text
 
-    (cost,) = plan.costs(params, [run], "a device", "paper")
+    (cost,) = plan.costs([params.resolve(run, "paper").settings], "a device")
     assert cost.hours == pytest.approx(120_000 * 4 * 0.25 / 3600)
     assert json.loads((tmp_path / "memory.json").read_text())["runs"] == {
         f"{run}-all": {"dense_gb": "OOM", "ours_gb": 9.5}
