@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # runs trained side by side; one core each is enough for mini
 JOBS ?= 2
+# of `make gpu`: when to stop, and where results go
+MINUTES ?= 9
+OUT ?= work/gpu/out
 VENV := .venv
 BIN := $(VENV)/bin
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -11,7 +14,7 @@ READY := $(VENV)/.ready
 SUPPLY := $(VENV)/supply
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-all check image docker-check docker-test lock sbom audit clean
+.PHONY: help setup reproduce gpu test test-all check image docker-check docker-test lock sbom audit clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +30,9 @@ $(READY): requirements.lock pyproject.toml
 
 reproduce: $(READY) ## run the whole pipeline in the profile of params.yaml and print where the report is
 	$(BIN)/python -m reproduce run --jobs $(JOBS)
+
+gpu: ## measure what needs a GPU for MINUTES minutes, with the PyTorch of PYTHON; the next call goes on
+	$(PYTHON) -m reproduce gpu --minutes $(MINUTES) --out $(OUT)
 
 test: $(READY) ## the test suite without its slow tests (offline, CPU, minutes)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

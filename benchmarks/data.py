@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import functional as functional_v2
 from mscs.datasets import build_dataset, label_set
 from mscs.datasets.prepare import build_cache, cache_bytes
 from mscs.datasets.verify import verify
+from mscs.loader import train_loader
 from mscs.provenance import machine, package_versions
 from mscs.results import write_json, write_text
 from mscs.transforms import IMAGENET_MEAN, IMAGENET_STD, JITTER, TrainTransform
@@ -235,6 +236,22 @@ def rates(functions, number, rounds):
             if turn:  # the first round warms up
                 seconds[name].append((time.perf_counter() - start) / number)
     return {name: 1 / statistics.median(times) for name, times in seconds.items()}
+
+
+def loader_rate(case, workers, steps, shrink, batch_size=12):
+    """Return images per second of the training loader with so many processes reading."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(case, Path(folder), batch_size, shrink)
+        dataset = build_dataset(case.dataset, "train", Path(folder))
+        transform = TrainTransform(crop_size=tuple(side // shrink for side in case.crop))
+        batches = train_loader(
+            dataset, transform, batch_size=batch_size, seed=0, num_steps=2 * steps, num_workers=workers
+        )
+        for _ in range(steps):  # starts the processes, and fills what they read ahead
+            next(batches)
+        begun = time.perf_counter()
+        read = sum(len(batch.images) for batch in batches)
+        return read / (time.perf_counter() - begun)
 
 
 def largest_difference(functions, number):

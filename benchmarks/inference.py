@@ -79,11 +79,16 @@ def measure(predictor, images, multi_scale):
     return statistics.median(seconds[1:]), torch.stack(answers[1:])
 
 
-def measure_run(settings, image_size, arguments, device):
+def measure_run(params, run, arguments, device):
     """Return one row per mode and predictor."""
+    profile = "mini" if arguments.quick else "paper"
+    modes = ["ss", "ms"] if params.resolve(run, profile).values["ms_scales"] else ["ss"]
+    overrides = {"pretrained": False, "deterministic": False, "evaluation": modes}
+    settings = params.resolve(run, profile, overrides).settings
+    image_size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
     build.apply_machine_settings(settings)
     classes = label_set(settings.data.name, settings.data.task).num_classes
-    net = build.network(settings, classes, seed=0, projector=False)
+    net = build.network(settings, classes, seed=0, projector=False).to(device)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(arguments.images)]
     rows, plain = [], {}
@@ -123,7 +128,7 @@ def table(facts):
     return "\n".join([*lines, *("| " + " | ".join(texts(row)) + " |" for row in facts["results"])]) + "\n"
 
 
-def parse():
+def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="profile mini's networks and image sizes")
     parser.add_argument(
@@ -131,7 +136,7 @@ def parse():
     )
     parser.add_argument("--images", type=int, default=5, help="images measured per row (default: 5)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main():
@@ -145,12 +150,7 @@ def main():
     params = load_params(ROOT / "params.yaml")
     results = []
     for run in arguments.runs:
-        profile = "mini" if arguments.quick else "paper"
-        modes = ["ss", "ms"] if params.resolve(run, profile).values["ms_scales"] else ["ss"]
-        overrides = {"pretrained": False, "deterministic": False, "evaluation": modes}
-        settings = params.resolve(run, profile, overrides).settings
-        size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
-        results += measure_run(settings, size, arguments, device)
+        results += measure_run(params, run, arguments, device)
         facts = {"machine": machine, "quick": arguments.quick, "images": arguments.images, "results": results}
         name = "inference-quick" if arguments.quick else "inference"
         write_json(arguments.output / f"{name}.json", facts)

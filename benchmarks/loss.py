@@ -1,29 +1,29 @@
 """Speed and memory of the contrastive loss, beside the dense formula it replaces.
 
 Sections: `self` (anchors against themselves), `cross` (one scale against another), `sampling` (choosing
-pixels, against a loop over image and class), `whole` (all terms of a batch of two 512 x 1024 crops, with
-sampling) and `step` (share of an HRNet-W48 training step; CUDA only). Competitors: the dense formula, the
-same under torch.compile, and the same in checkpointed chunks of rows.
+pixels, against a loop over image and class) and `whole` (all terms of a batch of 512 x 1024 crops, with
+sampling). Competitors: the dense formula, the same under torch.compile, and the same in checkpointed chunks
+of rows. The share of a training step is measured by benchmarks/step.py.
 
     python benchmarks/loss.py                 # everything, on the GPU if there is one
     python benchmarks/loss.py --quick         # small sizes, a minute on a laptop
     python benchmarks/loss.py --sections self --rows 10000 --methods dense ours
 
-A case that would need more than 80 % of the free memory, or more than --limit seconds for one pass judging
-by the smaller case before it, is reported and not run. Writes loss-<hardware>.json and .md to
+A case that would need more than the free memory (on a CPU 80 % of it), or more than --limit seconds for one
+pass judging by the smaller case before it, is reported and not run. Writes loss-<hardware>.json and .md to
 benchmarks/results.
 """
 
 import argparse
 import ctypes
 import gc
-import json
 import os
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -33,13 +33,14 @@ from torch.utils.checkpoint import checkpoint
 
 from mscs.losses import MultiScaleContrastiveLoss, contrastive_loss
 from mscs.losses.sampling import BalancedDraw, Selection, gather_pixels, select
+from mscs.results import write_json, write_text
 
 ROWS = (500, 2_000, 10_000, 16_384, 32_768, 65_536, 98_304)
 CROSS = ((10_000, 1_024), (10_000, 4_096), (65_536, 1_024), (65_536, 4_096))
 CHANNELS, CLASSES, CHUNK = 256, 19, 1024
 # N x M matrices alive at the peak: counted operation by operation; measured at N = 10,000 when compiled
 DENSE_MATRICES, COMPILED_MATRICES = 8.1, 2.1
-SECTIONS = ("self", "cross", "sampling", "whole", "step")
+SECTIONS = ("self", "cross", "sampling", "whole")
 Sets = list[Tensor]
 
 
@@ -113,6 +114,17 @@ class Machine:
             return torch.cuda.max_memory_allocated()
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
+    @cached_property
+    def rates(self) -> dict[str, float]:
+        """FLOP/s of matrix products by dtype."""
+        found = {"fp32": self.matmul_rate(torch.float32)}
+        return found | ({"fp16": self.matmul_rate(torch.float16)} if self.cuda else {})
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a case may need; a GPU that runs out says so, a CPU's machine stops working."""
+        return self.free_bytes() * (1.0 if self.cuda else 0.8)
+
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of a large product, the best of ten."""
         size = 8192 if self.cuda else 1536
@@ -158,16 +170,21 @@ def _rows(machine: Machine, count: int, seed: int) -> Sets:
     return [x, torch.arange(count, device=machine.device) % CLASSES]
 
 
+@cache
+def compiled_dense() -> Callable[..., Tensor]:
+    return torch.compile(dense, dynamic=False)
+
+
 def competitors(machine: Machine) -> dict[str, Callable[..., Tensor]]:
     """Return every way to compute a term, by name."""
     ways: dict[str, Callable[..., Tensor]] = {
         "dense": dense,
-        "dense, compiled": torch.compile(dense, dynamic=False),
+        "dense, compiled": lambda *sets: compiled_dense()(*sets),
         "chunked, checkpointed": chunked,
     }
-    if machine.cuda:
-        ways["ours, fp32 grade"] = lambda *sets: contrastive_loss(*sets, precision="fp32")
-        ways["ours, fp16"] = lambda *sets: contrastive_loss(*sets, precision="fp16")
+    if machine.cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        for grade in ("fp32", "fp16"):
+            ways[f"ours, {grade} grade"] = partial(contrastive_loss, backend="triton", precision=grade)
     else:
         ways["ours"] = contrastive_loss
     return ways
@@ -190,9 +207,9 @@ def bench_terms(machine: Machine, shapes: list[tuple[int, int | None]], options:
         for method, way in ways.items():
             case = {"rows": rows, "columns": columns or rows, "method": method}
             pairs = rows * (columns or rows)
-            need, free = estimate_bytes(method, rows, columns or rows), machine.free_bytes()
+            need, free = estimate_bytes(method, rows, columns or rows), machine.usable_bytes
             expected = last[method][1] * pairs / last[method][0] if method in last else 0.0
-            if need > 0.8 * free:
+            if need > free:
                 case["skipped"] = f"needs {need / 2**30:.1f} GiB of {free / 2**30:.1f} free"
             elif expected > options.limit:
                 case["skipped"] = f"expected to take {expected:.0f} s"
@@ -206,14 +223,16 @@ def bench_terms(machine: Machine, shapes: list[tuple[int, int | None]], options:
                     last[method] = pairs, case["both_ms"] / 1e3
                 except (RuntimeError, torch.OutOfMemoryError) as error:
                     case["skipped"] = f"failed: {str(error).splitlines()[0][:90]}"
-                torch.compiler.reset()
+                if "compiled" in method:
+                    torch.compiler.reset()
             results.append(case)
             print(_line(case), flush=True)
     return results
 
 
 def _wanted(method: str, wanted: list[str]) -> bool:
-    return not wanted or any(method == name or method.startswith(f"{name},") for name in wanted)
+    """Return whether a method is asked for by its name; `ours` stands for both grades."""
+    return not wanted or any(method == name or method.startswith(f"{name}, fp") for name in wanted)
 
 
 def _line(case: dict) -> str:
@@ -225,10 +244,10 @@ def _line(case: dict) -> str:
     return text + (f" {case['extra_bytes'] / 2**20:9.1f} MiB" if "extra_bytes" in case else "")
 
 
-def label_map(machine: Machine, height: int, width: int) -> Tensor:
-    """Two images of blocks of 19 classes, rarer ones in fewer blocks, none absent."""
+def label_map(machine: Machine, images: int, height: int, width: int) -> Tensor:
+    """Images of blocks of 19 classes, rarer ones in fewer blocks, none absent."""
     generator = torch.Generator().manual_seed(0)
-    blocks = torch.randint(CLASSES, (2, height // 8, width // 8), generator=generator)
+    blocks = torch.randint(CLASSES, (images, height // 8, width // 8), generator=generator)
     coarse = blocks.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
     return coarse.to(machine.device)
 
@@ -259,9 +278,23 @@ def sort_choose(labels: Tensor) -> Selection:
     return select([BalancedDraw(labels, 255, 5, 2500, 10_000)])[0]
 
 
+def profile(machine: Machine, method: str, rows: int) -> list[dict]:
+    """Return what one pass forward and backward spends its time on: kernels, slowest first."""
+    way, sets = competitors(machine)[method], _rows(machine, rows, 0)
+    way(*sets).backward()
+    with torch.profiler.profile() as trace:
+        way(*sets).backward()
+        machine.now()
+    kind = "self_device_time_total" if machine.cuda else "self_cpu_time_total"
+    found = sorted(trace.key_averages(), key=lambda event: getattr(event, kind), reverse=True)[:12]
+    return [
+        {"kernel": event.key[:80], "calls": event.count, "ms": getattr(event, kind) / 1e3} for event in found
+    ]
+
+
 def bench_sampling(machine: Machine, options: argparse.Namespace) -> list:
     """Time choosing pixels of a 2 x 128 x 256 map, alone and with the gather of their features."""
-    labels = label_map(machine, 128, 256)
+    labels = label_map(machine, 2, 128, 256)
     features = torch.randn(2, CHANNELS, 128, 256, device=machine.device)
     ways: dict[str, Callable[[], object]] = {
         "indices, loop": lambda: loop_choose(labels),
@@ -283,11 +316,13 @@ def bench_sampling(machine: Machine, options: argparse.Namespace) -> list:
 
 
 def bench_whole(machine: Machine, options: argparse.Namespace) -> list:
-    """Measure the whole loss at strides 4 to 32 of two crops, balanced and with all pixels."""
+    """Measure the whole loss at strides 4 to 32 of some crops, balanced and with all pixels."""
     height, width = (128, 256) if options.quick else (512, 1024)
-    labels = label_map(machine, height, width)
+    labels = label_map(machine, options.crops, height, width)
     features = [
-        torch.randn(2, CHANNELS, height // s, width // s, device=machine.device, requires_grad=True)
+        torch.randn(
+            options.crops, CHANNELS, height // s, width // s, device=machine.device, requires_grad=True
+        )
         for s in (4, 8, 16, 32)
     ]
     results = []
@@ -297,7 +332,7 @@ def bench_whole(machine: Machine, options: argparse.Namespace) -> list:
             case: dict = {"method": f"{sampling}, {method}"}
             rows = 10_000 if sampling == "balanced" else features[0][:, 0].numel()
             need = estimate_bytes(method, rows, rows)
-            if need > 0.8 * machine.free_bytes():
+            if need > machine.usable_bytes:
                 case["skipped"] = f"needs {need / 2**30:.1f} GiB"
             else:
                 case |= measure(
@@ -305,41 +340,6 @@ def bench_whole(machine: Machine, options: argparse.Namespace) -> list:
                 )
             results.append(case)
             print(_line(case), flush=True)
-    return results
-
-
-def bench_step(machine: Machine, options: argparse.Namespace) -> list:
-    """Time a training step of HRNet-W48 on two crops, without and with the loss."""
-    if not machine.cuda:
-        return [{"method": "HRNet-W48 training step", "skipped": "needs a CUDA device"}]
-    from mscs.models import build_model
-
-    images = torch.randn(2, 3, 512, 1024, device=machine.device)
-    labels = label_map(machine, 512, 1024)
-    results = []
-    for projector in (None, "backbone"):
-        model = build_model("hrnet", "hrnet_w48", CLASSES, projector=projector).to(machine.device).train()
-        loss = MultiScaleContrastiveLoss()
-
-        def run(model=model, loss=loss) -> Tensor:
-            output = model(images)
-            total = F.cross_entropy(output.logits, labels)
-            return total if output.embeddings is None else total + loss(output.embeddings, labels).total
-
-        name = "HRNet-W48 training step, " + ("with projectors and our loss" if projector else "plain")
-        results.append({"method": name} | measure(machine, run, options.repeats, options.seconds))
-        print(_line(results[-1]), flush=True)
-        if projector:
-            embeddings = [e.detach().requires_grad_() for e in model(images).embeddings]
-
-            def alone(loss=loss, embeddings=embeddings) -> Tensor:
-                return loss(embeddings, labels).total
-
-            case = measure(machine, alone, options.repeats, options.seconds)
-            share = case["both_ms"] / results[-1]["both_ms"]
-            results.append({"method": f"our loss alone: {100 * share:.1f} % of that step"} | case)
-            print(_line(results[-1]), flush=True)
-        del model
     return results
 
 
@@ -381,13 +381,9 @@ def _term_row(case: dict, cases: list[dict]) -> str:
 
 
 def write(report: dict, folder: Path, name: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
-        target = folder / (name + suffix)
-        part = target.with_suffix(suffix + ".part")
-        part.write_text(text)
-        os.replace(part, target)
-        print(f"wrote {target}")
+    write_json(folder / f"{name}.json", report)
+    write_text(folder / f"{name}.md", markdown(report))
+    print(f"wrote {folder / name}.json and .md")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -398,7 +394,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rows", nargs="+", type=int, help="sizes of the section `self`")
-    parser.add_argument("--methods", nargs="+", default=[], help="dense, chunked, ours; default all")
+    parser.add_argument("--crops", type=int, default=2, help="of the section `whole` (default: 2)")
+    parser.add_argument("--methods", nargs="+", default=[], help="as printed; ours: both grades; default all")
     parser.add_argument("--repeats", type=int, help="most passes per case (CUDA 50, CPU 5)")
     parser.add_argument("--seconds", type=float, default=20.0, help="time after which no further pass starts")
     parser.add_argument(
@@ -413,9 +410,6 @@ def main() -> None:
     options = parse()
     machine = Machine(options.device)
     options.repeats = options.repeats or (50 if machine.cuda else 5)
-    machine.rates = {"fp32": machine.matmul_rate(torch.float32)}
-    if machine.cuda:
-        machine.rates["fp16"] = machine.matmul_rate(torch.float16)
     rows = options.rows or ([500, 1500] if options.quick else list(ROWS))
     cross = [(1500, 400)] if options.quick else list(CROSS)
     runs: dict[str, Callable[[], list]] = {
@@ -423,7 +417,6 @@ def main() -> None:
         "cross": lambda: bench_terms(machine, cross, options),
         "sampling": lambda: bench_sampling(machine, options),
         "whole": lambda: bench_whole(machine, options),
-        "step": lambda: bench_step(machine, options),
     }
     setting = {
         "hardware": machine.label,

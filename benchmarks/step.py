@@ -16,6 +16,7 @@ Writes step-DEVICE.json and .md to benchmarks/results; `python -m reproduce plan
 """
 
 import argparse
+import gc
 import itertools
 import json
 import re
@@ -86,7 +87,7 @@ def settings_of(job):
     params = load_params(ROOT / "params.yaml")
     schedule = params.resolve(job["run"], job["profile"]).settings.schedule
     overrides = {**job["options"], "pretrained": False, "skip_wrong_labels": False, "lr": 0.0}
-    overrides |= {"batch_size": schedule.images_per_group, "images_per_group": schedule.images_per_group}
+    overrides |= {"batch_size": job["batch"], "images_per_group": job["batch"]}
     overrides["accumulation_steps"] = 1
     if job["quick"]:
         sides = [max(64, side // 8 // 32 * 32) for side in schedule.crop_size]
@@ -103,13 +104,40 @@ IMAGE_SIZES = {
 """Height and width of the datasets' images; where they vary, of a usual one."""
 
 
-def drawn_dataset(settings, job, folder):
+READ = {}
+
+
+def read_batches(settings, quick, count):
+    """Return a dataset of a few drawn images, a batch of it, and the median seconds to read such a batch.
+
+    What was read for the same images, crops and batch before is returned again.
+    """
+    from mscs import build
+    from mscs.loader import train_loader
+
+    key = (settings.data.model_dump_json(), settings.schedule.crop_size, settings.schedule.batch_size)
+    if key in READ:
+        return READ[key]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = drawn_dataset(settings, quick, Path(folder))
+        transform, size = build.train_transform(settings), settings.schedule.batch_size
+        loader = train_loader(dataset, transform, batch_size=size, seed=0, num_steps=count)
+        seconds = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            batch = next(loader)
+            seconds.append(time.perf_counter() - begun)
+    READ[key] = dataset, batch, statistics.median(seconds[WARM_UP:])
+    return READ[key]
+
+
+def drawn_dataset(settings, quick, folder):
     """Draw a few images of the dataset's usual size: reading and augmenting cost what they do in training."""
     from mscs.datasets import build_dataset
     from mscs.datasets.toy import write_dataset
 
     size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
-    if job["quick"]:
+    if quick:
         size = tuple(max(96, side // 4) for side in size)
     count = max(4, settings.schedule.batch_size)
     write_dataset(settings.data.name, folder, train=count, val=1, image_size=size)
@@ -121,31 +149,21 @@ def measure(job, repeats):
     import torch
 
     from mscs import build
-    from mscs.loader import train_loader
     from mscs.monitor import peak_bytes
 
     settings = settings_of(job)
     build.apply_machine_settings(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = drawn_dataset(settings, job, Path(folder))
-        loader = train_loader(
-            dataset,
-            build.train_transform(settings),
-            batch_size=settings.schedule.batch_size,
-            seed=0,
-            num_steps=WARM_UP + repeats,
-        )
-        data = []
-        for _ in range(WARM_UP + repeats):
-            begun = time.perf_counter()
-            batch = next(loader)
-            data.append(time.perf_counter() - begun)
+    if device.type == "cuda":  # one process may measure several jobs
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    dataset, batch, data = read_batches(settings, job["quick"], WARM_UP + repeats)
     step = Step(settings, dataset, batch, device)
     whole = step.time(repeats)
     without = step.time(repeats, contrastive=False)
     peak = peak_bytes(device)
-    parts = {"data": statistics.median(data[WARM_UP:]), **step.parts(repeats)}
+    parts = {"data": data, **step.parts(repeats)}
     return {
         "crop": list(batch.images.shape[-2:]),
         "step_ms": 1000 * whole,
@@ -287,7 +305,7 @@ def device_name():
     return f"{facts['cpu']}, {facts['cpus']} cores"
 
 
-def parse():
+def parse(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -308,7 +326,7 @@ def parse():
     parser.add_argument("--repeats", type=int, default=10, help="median of so many, after two")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main():

@@ -20,6 +20,9 @@ from reproduce.rendering import markdown_table
 from reproduce.tables import Results
 from reproduce.workers import devices, side_by_side, visible_gpus
 
+GPU_ITEMS = ("tests", "loss", "memory", "step", "small", "training", "inference", "feed")
+"""What `gpu` measures; `reproduce.gpu_items` says how."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
@@ -59,6 +62,9 @@ def _add_pipeline(commands: Any) -> None:
     plan = add_command(commands, "plan", _plan, text, profile=True, as_json=True)
     plan.add_argument("target", nargs="*", help="as for run (default: all)")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
+    plan.add_argument(
+        "--device", metavar="NAME", help="plan for a GPU that was measured (default: what is here)"
+    )
     plan.add_argument("--measure", action="store_true", help="time a few steps of each network here first")
 
     text = "write resolved.json, the settings of every run"
@@ -117,6 +123,15 @@ def _add_results(commands: Any) -> None:
 def _add_measurements(commands: Any) -> None:
     text = "measure the GPU memory of Table 2(a)'s rows, without any dataset"
     add_command(commands, "memory", _memory, text, profile=True)
+    text = "measure everything that needs a GPU, as far as the minutes go; the next call goes on"
+    gpu = add_command(commands, "gpu", _gpu, text)
+    gpu.add_argument("item", nargs="*", help=f"{' '.join(GPU_ITEMS)} (default: all, in this order)")
+    gpu.add_argument("--minutes", type=float, default=9.0, help="when to stop (default: %(default)g)")
+    gpu.add_argument(
+        "--out", type=Path, default=Path("work/gpu/out"), help="folder of results (default: %(default)s)"
+    )
+    gpu.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, Triton interpreted")
+
     text = "score a published checkpoint; without NAME list them"
     calibrate = add_command(commands, "calibrate", _calibrate, text)
     calibrate.add_argument("name", metavar="NAME", nargs="?", help="which one")
@@ -187,7 +202,7 @@ def _plan(args: argparse.Namespace) -> None:
     settings = [results.params.resolve(run, results.profile).settings for run in runs]
     if args.measure:
         plan.measure(settings)
-    device = plan.device_name()
+    device = args.device or plan.device_name()
     document = plan.document(plan.costs(settings, device), device, gpus)
     _print(document, plan.text(document), as_json=args.json)
 
@@ -302,6 +317,19 @@ def _memory(args: argparse.Namespace) -> None:
     for run, row in document["runs"].items():
         print(f"{run:42} dense {row['dense_gb']!s:>6}  this package {row['ours_gb']!s:>6} GiB")
     print(path)
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from reproduce.gpu import measure
+
+    for item in args.item:
+        if item not in GPU_ITEMS:
+            raise UsageError(unknown_name("item", item, GPU_ITEMS))
+    if not args.minutes > 0:
+        raise UsageError(f"--minutes {args.minutes:g}: accepted are numbers above 0")
+    page, failures = measure(load_params(), args.out, args.minutes, args.item, dry_run=args.dry_run)
+    print(f"page: {page}")
+    return int(failures > 0)
 
 
 def _calibrate(args: argparse.Namespace) -> int:

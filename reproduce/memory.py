@@ -7,24 +7,21 @@ of memory in use (PyTorch's allocator, GiB), without the CUDA context that nvidi
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-
-from mscs import build
-from mscs.datasets import label_set
 from mscs.errors import MscsError
-from mscs.losses import MultiScaleContrastiveLoss
 from mscs.params import Params
-from mscs.seeding import torch_generator
 from mscs.settings import Settings
 from reproduce.cells import cells
+
+if TYPE_CHECKING:
+    import torch
 
 CAP_GB = 24.0
 BACKENDS = {"dense_gb": "reference", "ours_gb": "auto"}
 LABEL_BLOCK = 32  # side of equally labelled squares, so that every scale shows several classes
 STEPS = 2  # the optimiser's state exists from the second on
+GIB = 2**30
 
 Measure = Callable[[Settings, str], float | None]
 
@@ -36,27 +33,41 @@ def memory_runs() -> list[str]:
 
 def measure_runs(params: Params, measure: Measure) -> dict[str, dict[str, float | str]]:
     """Return {run: {dense_gb, ours_gb}}; "OOM" where `measure` gave None."""
-    found: dict[str, dict[str, float | str]] = {}
-    for run in memory_runs():
-        settings = params.resolve(run, "paper", {"pretrained": False}).settings
-        peaks = {key: measure(settings, backend) for key, backend in BACKENDS.items()}
-        found[run] = {key: "OOM" if peak is None else round(peak, 2) for key, peak in peaks.items()}
-    return found
+    paper = {run: params.resolve(run, "paper", {"pretrained": False}).settings for run in memory_runs()}
+    return {run: measure_run(settings, measure) for run, settings in paper.items()}
+
+
+def measure_run(settings: Settings, measure: Measure) -> dict[str, float | str]:
+    """Return {dense_gb, ours_gb} of one run; "OOM" where `measure` gave None."""
+    peaks = {key: measure(settings, backend) for key, backend in BACKENDS.items()}
+    return {key: "OOM" if peak is None else round(peak, 2) for key, peak in peaks.items()}
 
 
 def measure_on_gpu(params: Params) -> dict[str, Any]:
     """Return memory.json's content for the current CUDA device; MscsError where there is none."""
+    import torch
+
     if not torch.cuda.is_available():
         raise MscsError("measuring GPU memory needs a CUDA device, and PyTorch sees none (see `mscs doctor`)")
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, CAP_GB * 2**30 / total))
-    cap = min(CAP_GB, total / 2**30)
+    cap = limit_memory(CAP_GB)
     runs = measure_runs(params, gpu_peak)
-    return {"device": torch.cuda.get_device_name(0), "cap_gb": round(cap, 1), "runs": runs}
+    return {"device": torch.cuda.get_device_name(0), "cap_gb": cap, "runs": runs}
+
+
+def limit_memory(cap_gb: float | None) -> float:
+    """Let PyTorch use so many GiB of the current GPU (None: all); return how many that are."""
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    cap = total if cap_gb is None else min(cap_gb, total)
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+    return round(cap, 1)
 
 
 def gpu_peak(settings: Settings, backend: str) -> float | None:
     """Return the peak in GiB of training one group of images, None if the memory ran out."""
+    import torch
+
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -64,11 +75,19 @@ def gpu_peak(settings: Settings, backend: str) -> float | None:
         train_steps(settings, backend, torch.device("cuda"))
     except torch.OutOfMemoryError:
         return None
-    return torch.cuda.max_memory_allocated() / 2**30
+    return torch.cuda.max_memory_allocated() / GIB
 
 
-def train_steps(settings: Settings, backend: str, device: torch.device) -> float:
+def train_steps(settings: Settings, backend: str, device: "torch.device") -> float:
     """Train `STEPS` steps on one group of drawn images; return the last loss."""
+    import torch
+    import torch.nn.functional as F
+
+    from mscs import build
+    from mscs.datasets import label_set
+    from mscs.losses import MultiScaleContrastiveLoss
+    from mscs.seeding import torch_generator
+
     build.apply_machine_settings(settings)
     labels = label_set(settings.data.name, settings.data.task)
     model = build.network(settings, labels.num_classes, seed=0).to(device).train()
