@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.command_line import add_command, run_command
-from mscs.errors import UsageError, unknown_name
+from mscs.errors import MscsError, UsageError, unknown_name
 from mscs.params import load_params
 from mscs.paths import RESULTS, resolved_path
 from mscs.results import write_json
@@ -21,7 +21,7 @@ from reproduce.tables import Results
 from reproduce.workers import devices, side_by_side, visible_gpus
 
 GPU_ITEMS = ("tests", "loss", "memory", "step", "small", "training", "inference", "feed")
-"""What `gpu` measures; `reproduce.gpu_items` says how."""
+"""What `gpu` measures; `benchmarks.gpu_items` says how."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -320,8 +320,12 @@ def _memory(args: argparse.Namespace) -> None:
 
 
 def _gpu(args: argparse.Namespace) -> int:
-    from reproduce.gpu import measure
-
+    try:
+        from benchmarks.gpu import measure
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("benchmarks"):
+            raise
+        raise MscsError("benchmarks/gpu.py is missing; measure in a checkout of the project") from None
     for item in args.item:
         if item not in GPU_ITEMS:
             raise UsageError(unknown_name("item", item, GPU_ITEMS))

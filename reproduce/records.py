@@ -1,7 +1,7 @@
 """What tables and report need of the files of a run, checked when they are read."""
 
 from pathlib import Path
-from typing import Required, TypeVar
+from typing import TypeVar
 
 from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict

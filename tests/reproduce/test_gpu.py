@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from reproduce import cli, gpu, plan
-from reproduce.gpu import Context, Item, Job, Run
-from reproduce.gpu_items import ITEMS
-from reproduce.gpu_page import CONTRASTIVE_SHARE, loss_targets, write_page
+from benchmarks import gpu
+from benchmarks.gpu import Context, Item, Job, Run
+from benchmarks.gpu_items import ITEMS
+from benchmarks.gpu_page import CONTRASTIVE_SHARE, loss_targets, write_page
+from reproduce import cli, plan
 
 ROOT = Path(__file__).parents[2]
 # fmt: off
@@ -251,7 +252,7 @@ def test_names_of_jobs_differ_and_every_job_has_an_estimate(params, tmp_path, dr
 
 
 def test_every_row_is_stepped_and_its_figures_have_a_peer_where_one_is_published(params, tmp_path):
-    from reproduce.gpu_page import MMSEGMENTATION
+    from benchmarks.gpu_page import MMSEGMENTATION
 
     step = next(one for one in ITEMS if one.name == "step")
     jobs = [job.arguments["job"] for job in step.jobs(Context(params, False, tmp_path, "a device", {}))]
@@ -270,7 +271,7 @@ def test_the_sequence_itself_loads_no_pytorch():
     """Seconds of the minutes that there are."""
     code = (
         "import sys; from pathlib import Path; from mscs.params import load_params\n"
-        "from reproduce import gpu, gpu_items, gpu_page\n"
+        "from benchmarks import gpu, gpu_items, gpu_page\n"
         "context = gpu.Context(load_params(), False, Path(), 'a device', {})\n"
         "jobs = [job for item in gpu_items.ITEMS for job in item.jobs(context)]\n"
         "sys.exit(not jobs or 'torch' in sys.modules)"

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import FAILED, MEASURED, Context, Item, slug
 from mscs.paths import WORK
 from mscs.results import write_json, write_text
 from reproduce import plan
 from reproduce.cells import TABLES, table_runs
-from reproduce.gpu import FAILED, MEASURED, Context, Item, slug
 from reproduce.rendering import markdown_list, markdown_page, markdown_table
 
 FP32, FP16 = "ours, fp32 grade", "ours, fp16 grade"

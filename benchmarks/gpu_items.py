@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import Context, Item, Job
 from mscs.errors import MscsError
 from mscs.paths import WORK
-from reproduce.gpu import Context, Item, Job
 
 ROWS = {2_000: 3, 10_000: 5, 32_768: 8, 65_536: 12, 131_072: 15}
 """Anchors N at which the loss is measured, with seconds."""
@@ -94,7 +94,7 @@ def run_tests(expression: str) -> dict[str, Any]:
 
 def loss_jobs(context: Context) -> list[Job]:
     """The loss at several numbers of anchors, and on all pixels; profiles of what misses its target."""
-    from reproduce.gpu_page import loss_targets
+    from benchmarks.gpu_page import loss_targets
 
     rows = {48: 1} if context.dry_run else ROWS
     crops = (1,) if context.dry_run else (1, 2)
@@ -177,7 +177,7 @@ def step_jobs(context: Context) -> list[Job]:
 
     The second round begins with the images per GPU of mmsegmentation's published figures.
     """
-    from reproduce.gpu_page import MMSEGMENTATION
+    from benchmarks.gpu_page import MMSEGMENTATION
 
     step = script("step")
     profile = ["--profile", "mini", "--quick"] if context.dry_run else ["--profile", "paper"]

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command for the day one is there: `python -m reproduce gpu`.
 
-A sequence of items (`reproduce.gpu_items`), each of which consists of jobs. The first round takes what
+A sequence of items (`benchmarks.gpu_items`), each of which consists of jobs. The first round takes what
 matters most of every item, in order, the second round the rest. Every item works in a process of its own
 under a time limit, so that a crash ends a job and not the sequence. A job whose estimated time does not fit
 the minutes left is skipped and named. Each result is written the moment it is there; the same file is the
@@ -249,8 +249,8 @@ def measure(
     Raises:
         MscsError: there is no GPU, and this is no dry run.
     """
-    from reproduce.gpu_items import ITEMS, hardware
-    from reproduce.gpu_page import write_page
+    from benchmarks.gpu_items import ITEMS, hardware
+    from benchmarks.gpu_page import write_page
 
     deadline = time.monotonic() + 60 * minutes
     if dry_run:
