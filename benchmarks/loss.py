@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mscs.losses import MultiScaleContrastiveLoss, contrastive_loss
-from mscs.losses.sampling import BalancedDraw, Selection, gather_pixels, select
+from mscs.losses.sampling import Selection, draw_balanced, gather_pixels, select
 
 ROWS = (500, 2_000, 10_000, 16_384, 32_768, 65_536, 98_304)
 CROSS = ((10_000, 1_024), (10_000, 4_096), (65_536, 1_024), (65_536, 4_096))
@@ -256,7 +256,7 @@ def loop_gather(features: Tensor, chosen: list[tuple[int, int, Tensor]]) -> Tens
 
 def sort_choose(labels: Tensor) -> Selection:
     """Choose the same number of pixels by our sort."""
-    return select([BalancedDraw(labels, 255, 5, 2500, 10_000)])[0]
+    return select([draw_balanced(labels, 255, 5, 2500, 10_000)])[0]
 
 
 def bench_sampling(machine: Machine, options: argparse.Namespace) -> list:
