@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mscs.losses.multiscale import MultiScaleContrastiveLoss
 from mscs.losses.segmentation import segmentation_loss
 
-
 Output = tuple[Tensor, Tensor | None, list[Tensor] | None]
 """Logits (B, K, H, W), auxiliary logits or None, and embeddings or None, as in `mscs.models.ModelOutput`."""
 
