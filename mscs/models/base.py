@@ -58,7 +58,7 @@ class SegmentationModel(nn.Module):
         self.options = options
         self.align_corners = options.align_corners
         self.projector: str | None = None
-        self.projectors = nn.ModuleList()
+        self.projectors: nn.ModuleList | None = None  # registered after the head
 
     def add_projectors(self, position: str | None, channels: Mapping[str, Sequence[int]]) -> None:
         """Attach projectors at `position`, a key of `channels` (channels per scale); None attaches none."""
@@ -71,11 +71,11 @@ class SegmentationModel(nn.Module):
             )
         self.projector = position
         outputs = self.options.projector_channels
-        self.projectors.extend(Projector(inputs, outputs) for inputs in channels[position])
+        self.projectors = nn.ModuleList(Projector(inputs, outputs) for inputs in channels[position])
 
     def drop_projector(self) -> None:
         """Remove the projectors; logits stay the same."""
-        self.projector, self.projectors = None, nn.ModuleList()
+        self.projector = self.projectors = None
 
     def decode(self, features: list[Tensor]) -> Decoded:
         """Return logits and projector inputs for the backbone's features, fine to coarse."""
@@ -87,7 +87,7 @@ class SegmentationModel(nn.Module):
         embeddings = None
         try:
             decoded = self.decode(self.backbone(images))
-            if self.projector is not None:
+            if self.projectors is not None and self.projector is not None:
                 maps = decoded.maps[self.projector]
                 embeddings = [project(x) for project, x in zip(self.projectors, maps, strict=True)]
         except ValueError as error:
