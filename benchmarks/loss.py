@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mscs.losses import MultiScaleContrastiveLoss, contrastive_loss
-from mscs.losses.sampling import BalancedDraw, Selection, gather_pixels, select
+from mscs.losses.sampling import Selection, draw_balanced, gather_pixels, select
 from mscs.results import write_json, write_text
 
 ROWS = (500, 2_000, 10_000, 16_384, 32_768, 65_536, 98_304)
@@ -275,7 +275,7 @@ def loop_gather(features: Tensor, chosen: list[tuple[int, int, Tensor]]) -> Tens
 
 def sort_choose(labels: Tensor) -> Selection:
     """Choose the same number of pixels by our sort."""
-    return select([BalancedDraw(labels, 255, 5, 2500, 10_000)])[0]
+    return select([draw_balanced(labels, 255, 5, 2500, 10_000)])[0]
 
 
 def profile(machine: Machine, method: str, rows: int) -> list[dict]:

@@ -12,7 +12,7 @@ and gradient need three numbers per anchor, so no backend but "reference" ever h
 import math
 import os
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mscs.losses.sampling import gather_pixels
 from mscs.losses.tiled import TiledBackend
+
+if TYPE_CHECKING:
+    from mscs.losses.triton_kernels import TritonBackend
 
 Rows = tuple[Tensor, Tensor]  # rows (N, C), and the (N,) classes that they are ordered by
 
@@ -55,7 +58,7 @@ def contrastive_loss(
         temperature: positive divisor of the similarities.
         normalize: scale rows to unit length first (a zero row stays zero and gets no gradient).
         backend: "reference" (dense), "tiled" (PyTorch, O(N*C) memory), "triton" (CUDA kernels), or "auto".
-        precision: grade of the Triton kernels on normalised features: "fp32" (also "auto") or "fp16".
+        precision: grade of the Triton kernels: "fp32" (also "auto") or "fp16".
 
     Raises:
         ValueError: wrong shapes, dtypes, devices or names, or a backend that cannot run the input.
@@ -127,21 +130,18 @@ def sorted_loss(*sets: Rows, temperature: float, unit: bool, backend: str, preci
     x, x_labels = sets[0]
     columns, column_labels = sets[-1][0].to(x.dtype), sets[-1][1]
     y = None if len(sets) == 1 else columns
-    name = _resolve(backend, x, len(columns))
+    bounded = unit and 2 / temperature <= _BOUNDED_EXPONENT
+    name = _resolve(backend, x, len(columns), bounded)
     if name == "reference":
         same = x_labels[:, None] == column_labels
         return _dense(x @ columns.T / temperature, same, exclude_diagonal=y is None)
     start = torch.searchsorted(column_labels, x_labels)
     end = torch.searchsorted(column_labels, x_labels, right=True)
-    bounded = unit and 2 / temperature <= _BOUNDED_EXPONENT
     if name == "tiled":
         return _FusedLoss.apply(x, y, start, end, TiledBackend(temperature, bounded=bounded))
     from mscs.losses.triton_kernels import TritonBackend  # imports triton, which is heavy and CUDA only
 
-    half = precision == "fp16"
-    return _FusedLoss.apply(
-        x, y, start, end, TritonBackend(temperature, bounded=bounded, unit=unit, half=half)
-    )
+    return _FusedLoss.apply(x, y, start, end, TritonBackend(temperature, half=precision == "fp16"))
 
 
 def _dense(similarity: Tensor, same: Tensor, *, exclude_diagonal: bool) -> Tensor:
@@ -154,38 +154,14 @@ def _dense(similarity: Tensor, same: Tensor, *, exclude_diagonal: bool) -> Tenso
     return (loss.where(positive, 0).sum(dim=1) / positive.sum(dim=1).clamp(min=1)).mean()
 
 
-class Backend(Protocol):
-    """What a memory-saving backend offers; y = None means x against itself.
-
-    x (N, C) and y (M, C) are ordered by class; start, end (N,) bound the columns of each row's class.
-    """
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Return the rows in the form the other two methods take."""
-
-    def statistics(
-        self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return per row nlse and the sums over positives of softplus(nlse - s) and sigmoid(nlse - s)."""
-
-    def gradients(
-        self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
-        nlse: Tensor, negative: Tensor, positive: Tensor, need_y: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return dL/dx, and dL/dy where a separate y needs it, from the weights of negatives and positives.
-
-        dL/ds is negative_i * exp(s_in - nlse_i) for negatives n and -positive_i * sigmoid(nlse_i - s_ip)
-        for positives p.
-        """
-
-
 class _FusedLoss(torch.autograd.Function):
     """The loss by a backend that visits tiles of the similarity matrix and keeps three numbers per row."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor, backend: Backend
-    ) -> Tensor:
+        ctx: Any, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
+        backend: "TiledBackend | TritonBackend",
+    ) -> Tensor:  # fmt: skip
         rows, columns = backend.pack(x), None if y is None else backend.pack(y)
         nlse, softplus_sum, sigmoid_sum = backend.statistics(rows, columns, start, end)
         count = end - start - (1 if y is None else 0)
@@ -205,13 +181,14 @@ class _FusedLoss(torch.autograd.Function):
         return dx, dy, None, None, None
 
 
-def _resolve(backend: str, x: Tensor, columns: int) -> str:
+def _resolve(backend: str, x: Tensor, columns: int, bounded: bool) -> str:
     """Return the backend that runs: what was asked for, or the fastest for this input."""
-    fits = x.dtype == torch.float32 and x.shape[1] <= MAX_TRITON_CHANNELS
+    fits = bounded and x.dtype == torch.float32 and x.shape[1] <= MAX_TRITON_CHANNELS
     if backend == "triton" and not (fits and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         raise ValueError(
-            f'backend "triton" runs CUDA tensors of at most 32 bits and {MAX_TRITON_CHANNELS} channels; '
-            f'found {x.dtype} on {x.device} with {x.shape[1]} channels. Use backend "auto" or "tiled"'
+            f'backend "triton" runs CUDA tensors of at most 32 bits and {MAX_TRITON_CHANNELS} channels, with '
+            f"normalize=True and a temperature of at least {2 / _BOUNDED_EXPONENT}; found {x.dtype} on "
+            f'{x.device} with {x.shape[1]} channels. Use backend "auto" or "tiled"'
         )
     if backend != "auto":
         return backend

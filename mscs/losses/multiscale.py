@@ -1,23 +1,15 @@
 """Eq. 5's contrastive part: within-scale terms, cross-scale terms, and their weighted sum."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mscs.losses.contrastive import Rows, check_options, prepare, sorted_loss
-from mscs.losses.groups import check_groups
-from mscs.losses.sampling import (
-    Anchors,
-    BalancedDraw,
-    Draw,
-    FullDraw,
-    check_caps,
-    check_maps,
-    downsample_labels,
-    select,
-)
+from mscs.losses import sampling as pixels
+from mscs.losses.contrastive import check_options, prepare, sorted_loss
+from mscs.losses.segmentation import check_groups
 
 
 class LossTerms(NamedTuple):
@@ -85,7 +77,7 @@ class MultiScaleContrastiveLoss(nn.Module):
         check_options(temperature, backend, precision)
         if sampling not in ("balanced", "all"):
             raise ValueError(f"unknown sampling {sampling!r}; accepted: all, balanced")
-        check_caps(min_views, max_views, max_anchors)
+        pixels.check_caps(min_views, max_views, max_anchors)
         scales = range(len(scale_weights))
         if not scales or any(a not in scales or b not in scales or a == b for a, b in cross_pairs):
             raise ValueError(
@@ -96,11 +88,11 @@ class MultiScaleContrastiveLoss(nn.Module):
         self.multi_scale_weight = multi_scale_weight
         self.cross_scale_weight = cross_scale_weight
         self.images_per_group = images_per_group
-        self.temperature = temperature
-        self.sampling = sampling
-        self.min_views, self.max_views, self.max_anchors = min_views, max_views, max_anchors
+        self.caps = None if sampling == "all" else (min_views, max_views, max_anchors)
         self.ignore_index = ignore_index
-        self.backend, self.precision = backend, precision
+        self.term = partial(
+            sorted_loss, temperature=temperature, unit=True, backend=backend, precision=precision
+        )
 
     def forward(
         self,
@@ -116,17 +108,14 @@ class MultiScaleContrastiveLoss(nn.Module):
             generator: one generator for all groups in turn, or one per group of this process's batch; the
                 latter makes the draw of a group independent of how groups are spread over processes.
         """
-        multi, cross, counts = [], [], []
+        terms, counts = [], []
         for drawn in self._sampled_groups(features, labels, generator):
             with torch.autocast(labels.device.type, enabled=False):
                 rows = [(prepare(anchors.features), anchors.labels) for anchors in drawn]
-                multi.append(torch.stack([self._term(own) for own in rows]))
-                cross += [self._term(rows[a], rows[b]) for a, b in self.cross_pairs]
+                pairs = [(rows[a], rows[b]) for a, b in self.cross_pairs]
+                terms.append(torch.stack([self.term(*sets) for sets in (*zip(rows), *pairs)]))
             counts.append([(len(anchors.labels), anchors.groups, anchors.views) for anchors in drawn])
-        multi_scale = torch.stack(multi).mean(dim=0)
-        cross_scale = multi_scale.new_zeros(0)
-        if self.cross_pairs:
-            cross_scale = torch.stack(cross).view(len(multi), -1).mean(dim=0)
+        multi_scale, cross_scale = torch.stack(terms).mean(dim=0).tensor_split([len(self.scale_weights)])
         weighted = sum(w * term for w, term in zip(self.scale_weights, multi_scale, strict=True))
         total = self.multi_scale_weight * weighted + self.cross_scale_weight * cross_scale.sum()
         anchors, sets, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
@@ -137,12 +126,12 @@ class MultiScaleContrastiveLoss(nn.Module):
         features: Sequence[Tensor],
         labels: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None,
-    ) -> list[list[Anchors]]:
+    ) -> list[list[pixels.Anchors]]:
         """Return the anchors of each group of images at each scale, ordered by class."""
         features = list(features)
         if len(features) != len(self.scale_weights):
             raise ValueError(f"{len(features)} feature maps for {len(self.scale_weights)} scale weights")
-        check_maps(features, labels)
+        pixels.check_maps(features, labels)
         for a, b in self.cross_pairs:
             channels = features[a].shape[1], features[b].shape[1]
             if channels[0] != channels[1]:
@@ -152,26 +141,13 @@ class MultiScaleContrastiveLoss(nn.Module):
         generators = list(generator) if isinstance(generator, Sequence) else [generator] * len(groups)
         if len(generators) != len(groups):
             raise ValueError(f"{len(generators)} generators for {len(groups)} groups of images")
-        reduced = [downsample_labels(labels, *feature.shape[-2:]) for feature in features]
+        reduced = [pixels.downsample_labels(labels, *feature.shape[-2:]) for feature in features]
         draws = [
-            self._draw(level[group], source)
+            pixels.draw_all(level[group], self.ignore_index)
+            if self.caps is None
+            else pixels.draw_balanced(level[group], self.ignore_index, *self.caps, source, by_class=True)
             for group, source in zip(groups, generators, strict=True)
             for level in reduced
         ]
-        chosen = iter(select(draws))
-        return [[next(chosen).by_class().gather(feature[group]) for feature in features] for group in groups]
-
-    def _term(self, *sets: Rows) -> Tensor:
-        return sorted_loss(
-            *sets,
-            temperature=self.temperature,
-            unit=True,
-            backend=self.backend,
-            precision=self.precision,
-        )
-
-    def _draw(self, labels: Tensor, generator: torch.Generator | None) -> Draw:
-        if self.sampling == "all":
-            return FullDraw(labels, self.ignore_index)
-        caps = self.min_views, self.max_views, self.max_anchors
-        return BalancedDraw(labels, self.ignore_index, *caps, generator)
+        chosen = iter(pixels.select(draws))
+        return [[next(chosen).gather(feature[group]) for feature in features] for group in groups]

@@ -1,7 +1,7 @@
 """Eq. (5): class-weighted cross-entropy, auxiliary cross-entropy, and losses on the embeddings."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +9,8 @@ from torch import Tensor, nn
 from mscs.losses.multiscale import MultiScaleContrastiveLoss
 from mscs.losses.segmentation import segmentation_loss
 
-
-class Output(Protocol):
-    """What the objective needs of a model's output, see `mscs.models.ModelOutput`."""
-
-    @property
-    def logits(self) -> Tensor:
-        """Return (B, K, H, W)."""
-
-    @property
-    def aux_logits(self) -> Tensor | None:
-        """Return (B, K, H, W) of the auxiliary head, or None."""
-
-    @property
-    def embeddings(self) -> list[Tensor] | None:
-        """Return one (B, D, h, w) per scale, fine to coarse, or None without projectors."""
+Output = tuple[Tensor, Tensor | None, list[Tensor] | None]
+"""Logits (B, K, H, W), auxiliary logits or None, and embeddings or None, as in `mscs.models.ModelOutput`."""
 
 
 class Terms(NamedTuple):
@@ -102,17 +89,18 @@ class Objective(nn.Module):
 
     def forward(self, output: Output, labels: Tensor, generators: Sequence[torch.Generator]) -> Terms:
         """Return the total loss, its named terms (unweighted) and counts (means over groups)."""
-        total = self._cross_entropy(output.logits, labels)
+        logits, aux_logits, embeddings = output
+        total = self._cross_entropy(logits, labels)
         terms = {"ce": total}
         counts: dict[str, Tensor] = {}
-        if output.aux_logits is not None:
+        if aux_logits is not None:
             # with weight 0 too: processes that share gradients must all have one for every parameter
-            aux = self._cross_entropy(output.aux_logits, labels)
+            aux = self._cross_entropy(aux_logits, labels)
             terms |= {"aux": aux} if self.aux_weight else {}
             total = total + self.aux_weight * aux
         for loss in self.on_embeddings:
-            assert output.embeddings is not None
-            part = loss(output.embeddings, labels, generators)
+            assert embeddings is not None
+            part = loss(embeddings, labels, generators)
             total = total + part.total
             terms |= part.terms
             counts |= part.counts

@@ -5,7 +5,7 @@ run in random order, so its first V entries are a uniform draw without replaceme
 and V; one synchronisation reads them for any number of maps, and whether the labels were valid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -40,14 +40,18 @@ class Selection(NamedTuple):
     groups: int
     views: int
 
-    def by_class(self) -> "Selection":
-        """Return the same pixels ordered by class, those of one class as before."""
-        labels, order = torch.sort(self.labels, stable=True)
-        return self._replace(positions=self.positions[order], labels=labels)
-
     def gather(self, features: Tensor) -> Anchors:
         """Return the chosen pixels of a (B, C, h, w) map."""
         return Anchors(gather_pixels(features, self.positions), *self[1:])
+
+
+class Draw(NamedTuple):
+    """A choice of pixels of a (B, h, w) map, ready on the device but for two counts the host must know."""
+
+    counts: Tensor
+    """(3,) int64: the two arguments of `choose`, and whether a label is invalid."""
+    choose: Callable[[int, int], Selection]
+    """Returns the chosen pixels."""
 
 
 def sample_anchors(
@@ -79,8 +83,9 @@ def sample_anchors(
         ValueError: wrong shapes, non-integer labels, or a label outside the range.
     """
     check_maps([features], labels)
-    reduced = downsample_labels(labels, features.shape[-2], features.shape[-1])
-    draw = BalancedDraw(reduced, ignore_index, min_views, max_views, max_anchors, generator)
+    check_caps(min_views, max_views, max_anchors)
+    reduced = downsample_labels(labels, *features.shape[-2:])
+    draw = draw_balanced(reduced, ignore_index, min_views, max_views, max_anchors, generator)
     return select([draw])[0].gather(features)
 
 
@@ -114,37 +119,6 @@ def downsample_labels(labels: Tensor, height: int, width: int) -> Tensor:
     return labels[:, rows[:, None], columns]
 
 
-class Draw:
-    """A choice of pixels of a (B, h, w) map, ready on the device but for two counts the host must know.
-
-    Every pixel has a set: its image and class in one number, image in the high bits, so that sets sort by
-    image, then class. Ignored pixels have the set of class 0, and are not `valid`.
-
-    Attributes:
-        counts: (3,) int64, the two arguments of `choose`, and whether a label is invalid.
-    """
-
-    counts: Tensor
-
-    def __init__(self, labels: Tensor, ignore_index: int) -> None:
-        if len(labels) > _MAX_IMAGES:
-            raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
-        classes = labels.flatten(1).long()
-        valid = classes != ignore_index
-        classes = classes.where(valid, 0)
-        images = torch.arange(len(labels), device=labels.device)[:, None]
-        self.sets = ((images << _CLASS_BITS) | (classes & (_CLASSES - 1))).flatten()
-        self.valid = valid.flatten()
-        self.invalid = (classes >> _CLASS_BITS).any().long()
-        # a count for every set that could exist: its length needs no look at the labels
-        size = self.sets.new_zeros(max(1, len(labels)) << _CLASS_BITS)
-        self.size = size.scatter_add_(0, self.sets, self.valid.long())
-
-    def choose(self, first: int, second: int) -> Selection:
-        """Return the chosen pixels."""
-        raise NotImplementedError
-
-
 def select(draws: Sequence[Draw]) -> list[Selection]:
     """Finish any number of draws in one host synchronisation.
 
@@ -160,58 +134,72 @@ def select(draws: Sequence[Draw]) -> list[Selection]:
     return [draw.choose(first, second) for draw, (first, second, _) in zip(draws, counts, strict=True)]
 
 
-class BalancedDraw(Draw):
-    """V random pixels from each (image, class) set, by image, then class."""
+def draw_balanced(
+    labels: Tensor,
+    ignore_index: int,
+    min_views: int,
+    max_views: int,
+    max_anchors: int,
+    generator: torch.Generator | None = None,
+    by_class: bool = False,
+) -> Draw:
+    """Draw V random pixels from each (image, class) set, by image, then class; or by class, then image."""
+    sets, valid, size, invalid = _sets(labels, ignore_index)
+    device = labels.device if generator is None else generator.device
+    pinned = labels.is_cuda and device.type == "cpu"  # a copy from pageable memory would synchronise
+    noise = torch.randint(
+        1 << _RANDOM_BITS, sets.shape, generator=generator, device=device, pin_memory=pinned
+    )
+    # the set decides the order and the random low bits only the order within a set: one sort shuffles
+    # every set at once. 11 + 12 + 40 bits of image, class and noise leave the sign bit clear
+    key = (sets << _RANDOM_BITS) | noise.to(labels.device, non_blocking=True)
+    order = torch.sort(key.where(valid, _LAST)).indices
+    usable = size >= min_views
+    smallest = size.where(usable, len(sets)).amin()
 
-    def __init__(
-        self,
-        labels: Tensor,
-        ignore_index: int,
-        min_views: int,
-        max_views: int,
-        max_anchors: int,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        check_caps(min_views, max_views, max_anchors)
-        super().__init__(labels, ignore_index)
-        self.max_views, self.max_anchors = max_views, max_anchors
-        device = labels.device if generator is None else generator.device
-        pinned = labels.is_cuda and device.type == "cpu"  # a copy from pageable memory would synchronise
-        noise = torch.randint(
-            1 << _RANDOM_BITS, self.sets.shape, generator=generator, device=device, pin_memory=pinned
-        )
-        # the set decides the order and the random low bits only the order within a set: one sort shuffles
-        # every set at once. 11 + 12 + 40 bits of image, class and noise leave the sign bit clear
-        key = (self.sets << _RANDOM_BITS) | noise.to(labels.device, non_blocking=True)
-        self.order = torch.sort(key.where(self.valid, _LAST)).indices
-        self.usable = self.size >= min_views
-        smallest = self.size.where(self.usable, len(self.sets)).amin()
-        self.counts = torch.stack((self.usable.sum(), smallest, self.invalid))
+    def choose(groups: int, smallest: int) -> Selection:
+        if groups == 0:
+            return Selection(order[:0], order[:0], 0, 0)
+        views = max(1, min(smallest, max_views, max_anchors // groups))
+        chosen = torch.sort(usable.int(), descending=True, stable=True).indices[:groups]
+        if by_class:
+            chosen = chosen[torch.sort(chosen & (_CLASSES - 1), stable=True).indices]
+        start = (size.cumsum(0) - size)[chosen]
+        positions = order[(start[:, None] + torch.arange(views, device=start.device)).flatten()]
+        classes = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=groups * views)
+        return Selection(positions, classes, groups, views)
 
-    def choose(self, sets: int, smallest: int) -> Selection:
-        """Return the chosen pixels, of `sets` sets of which the smallest has `smallest` pixels."""
-        if sets == 0:
-            return Selection(self.order[:0], self.order[:0], 0, 0)
-        views = max(1, min(smallest, self.max_views, self.max_anchors // sets))
-        chosen = torch.sort(self.usable.int(), descending=True, stable=True).indices[:sets]
-        start = (self.size.cumsum(0) - self.size)[chosen]
-        positions = self.order[(start[:, None] + torch.arange(views, device=start.device)).flatten()]
-        classes = (chosen & (_CLASSES - 1)).repeat_interleave(views, output_size=sets * views)
-        return Selection(positions, classes, sets, views)
+    return Draw(torch.stack((usable.sum(), smallest, invalid)), choose)
 
 
-class FullDraw(Draw):
-    """Every pixel that is not ignored, by class; V is not constant and given as 0."""
+def draw_all(labels: Tensor, ignore_index: int) -> Draw:
+    """Draw every pixel that is not ignored, by class; V is not constant and given as 0."""
+    sets, valid, size, invalid = _sets(labels, ignore_index)
+    classes, order = torch.sort((sets & (_CLASSES - 1)).where(valid, _CLASSES), stable=True)
 
-    def __init__(self, labels: Tensor, ignore_index: int) -> None:
-        super().__init__(labels, ignore_index)
-        classes = (self.sets & (_CLASSES - 1)).where(self.valid, _CLASSES)
-        self.classes, self.order = torch.sort(classes, stable=True)
-        self.counts = torch.stack((self.valid.sum(), (self.size > 0).sum(), self.invalid))
+    def choose(count: int, groups: int) -> Selection:
+        return Selection(order[:count], classes[:count], groups, 0)
 
-    def choose(self, count: int, sets: int) -> Selection:
-        """Return the first `count` pixels, which are not ignored."""
-        return Selection(self.order[:count], self.classes[:count], sets, 0)
+    return Draw(torch.stack((valid.sum(), (size > 0).sum(), invalid)), choose)
+
+
+def _sets(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return each pixel's set, whether it is not ignored, each set's size, and whether a label is invalid.
+
+    A set is an image and a class in one number, image in the high bits, so that sets sort by image, then
+    class. Ignored pixels have the set of class 0, and are not counted in its size.
+    """
+    if len(labels) > _MAX_IMAGES:
+        raise ValueError(f"at most {_MAX_IMAGES} images can be sampled together; found {len(labels)}")
+    classes = labels.flatten(1).long()
+    valid = classes != ignore_index
+    classes = classes.where(valid, 0)
+    images = torch.arange(len(labels), device=labels.device)[:, None]
+    sets = ((images << _CLASS_BITS) | (classes & (_CLASSES - 1))).flatten()
+    # a count for every set that could exist: its length needs no look at the labels
+    size = sets.new_zeros(max(1, len(labels)) << _CLASS_BITS)
+    size.scatter_add_(0, sets, valid.flatten().long())
+    return sets, valid.flatten(), size, (classes >> _CLASS_BITS).any().long()
 
 
 def gather_pixels(features: Tensor, positions: Tensor) -> Tensor:
@@ -225,13 +213,13 @@ class _GatherPixels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, positions: Tensor) -> Tensor:
         height, width = features.shape[-2:]
-        columns = positions % width
         rows = positions // width
-        ctx.save_for_backward(rows // height, rows % height, columns)
+        index = rows // height, rows % height, positions % width
+        ctx.save_for_backward(*index)
         channels_last = features.is_contiguous(memory_format=torch.channels_last)
         ctx.layout = torch.channels_last if channels_last else torch.contiguous_format
         ctx.shape = features.shape
-        return features.permute(0, 2, 3, 1)[rows // height, rows % height, columns]
+        return features.permute(0, 2, 3, 1)[index]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

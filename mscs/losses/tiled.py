@@ -16,7 +16,10 @@ _ROWS, _COLUMNS = 512, 1024  # 2 MB in float32: a tile stays in the cache betwee
 
 
 class TiledBackend:
-    """Statistics and gradients tile by tile; see `mscs.losses.contrastive.Backend`.
+    """Statistics and gradients tile by tile.
+
+    x (N, C) and y (M, C) are ordered by class, y = None means x against itself; start, end (N,) bound the
+    columns of each row's class.
 
     Args:
         temperature: divisor of the dot products.
@@ -29,13 +32,16 @@ class TiledBackend:
         self.bounded = bounded
 
     def pack(self, x: Tensor) -> Tensor:
-        """Return the rows ready for the methods below."""
+        """Return the rows in the form the other two methods take."""
         return x.contiguous()
 
     def statistics(
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return nlse and both sums over positives; nlse stays -inf where a row has no positive."""
+        """Return per row nlse and the sums over positives of softplus(nlse - s) and sigmoid(nlse - s).
+
+        nlse stays -inf where a row has no positive.
+        """
         tiles = _Tiles(x, y, start, end, self.scale)
         nlse = x.new_full((len(x),), 0.0 if self.bounded else -math.inf)
         for rows, columns, s, _ in tiles.visit(positives=False):
@@ -60,7 +66,11 @@ class TiledBackend:
         self, x: Tensor, y: Tensor | None, start: Tensor, end: Tensor,
         nlse: Tensor, negative: Tensor, positive: Tensor, need_y: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return dL/dx = G y / temperature and, for a y that needs it, dL/dy = G^T x / temperature."""
+        """Return dL/dx = G y / temperature and, for a y that needs it, dL/dy = G^T x / temperature.
+
+        G = dL/ds is negative_i * exp(s_in - nlse_i) for negatives n and -positive_i * sigmoid(nlse_i - s_ip)
+        for positives p.
+        """
         tiles = _Tiles(x, y, start, end, self.scale)
         dx = torch.zeros_like(x)
         dy = dx if y is None else torch.zeros_like(y) if need_y else None

@@ -157,10 +157,12 @@ class SwinBackbone(Backbone):
 @contextmanager
 def _frozen_statistics(block: nn.Module) -> Iterator[None]:
     # Recomputing a block would update the running statistics of its batch norms a second time.
-    norms: list[Any] = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [
+        m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros_like(norm.num_batches_tracked)
     try:
         yield
     finally:
@@ -193,11 +195,8 @@ def build_backbone(
     if pretrained is True or name != architecture:
         name = tagged_name(name)
     family = next((f for f in ("hrnet", "swin") if architecture.startswith(f"{f}_")), "other")
-    output_stride = options.output_stride
-    if output_stride is None:
-        output_stride = 32 if family == "hrnet" else 8
-    arguments = _timm_arguments(name, family, output_stride, options.drop_path_rate)
-    arguments |= options.backbone_options
+    stride = options.output_stride or (32 if family == "hrnet" else 8)
+    arguments = {**_timm_arguments(name, family, stride, options.drop_path_rate), **options.backbone_options}
     weights = None
     if pretrained is True:
         pretrained = fetch_pretrained(name)
@@ -218,10 +217,10 @@ def build_backbone(
             f"timm cannot make a feature pyramid of {name!r} with {arguments}: {text}"
         ) from error
     strides = backbone.strides
-    if len(strides) < 4 or strides[0] != 4 or strides[-1] != output_stride:
+    if len(strides) < 4 or strides[0] != 4 or strides[-1] != stride:
         raise UsageError(
             f"backbone {name!r} gives features at strides {list(strides)}; the models need four maps, "
-            f"from stride 4 to stride {output_stride}"
+            f"from stride 4 to stride {stride}, which is set by output_stride"
         )
     if weights is not None:
         require_all(backbone.body, weights)
@@ -230,13 +229,9 @@ def build_backbone(
     return backbone
 
 
-def _timm_arguments(
-    name: str, family: str, output_stride: int, drop_path_rate: float | None
-) -> dict[str, Any]:
+def _timm_arguments(name: str, family: str, stride: int, drop_path_rate: float | None) -> dict[str, Any]:
     if drop_path_rate is not None and not 0 <= drop_path_rate < 1:
         raise UsageError(f"drop_path_rate must be in [0, 1), found {drop_path_rate}")
-    if family != "other" and output_stride != 32:
-        raise UsageError(f"backbone {name!r} has output stride 32 only, found output_stride={output_stride}")
     if family == "swin":
         return {
             "drop_path_rate": 0.3 if drop_path_rate is None else drop_path_rate,
@@ -251,5 +246,5 @@ def _timm_arguments(
     return {  # timm leaves out what is None
         "features_only": True,
         "drop_path_rate": drop_path_rate or None,
-        "output_stride": None if output_stride == 32 else output_stride,
+        "output_stride": None if stride == 32 else stride,
     }

@@ -58,7 +58,7 @@ class SegmentationModel(nn.Module):
         self.options = options
         self.align_corners = options.align_corners
         self.projector: str | None = None
-        self.projectors: nn.ModuleList | None = None
+        self.projectors: nn.ModuleList | None = None  # registered after the head
 
     def add_projectors(self, position: str | None, channels: Mapping[str, Sequence[int]]) -> None:
         """Attach projectors at `position`, a key of `channels` (channels per scale); None attaches none."""
@@ -101,12 +101,10 @@ class SegmentationModel(nn.Module):
         return ModelOutput(resize(decoded.logits, size, self.align_corners), aux_logits, embeddings)
 
     def _check(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise UsageError(f"images must have shape (B, 3, H, W), found {tuple(images.shape)}")
-        if images.shape[0] == 0 or not images.is_floating_point():
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images) or not images.is_floating_point():
             raise UsageError(
-                f"images must be at least one and of a floating type, normalised; found {images.shape[0]} of "
-                f"{images.dtype}"
+                "images must be normalised, of a floating type and of shape (B, 3, H, W) with B at least 1; "
+                f"found {images.dtype} {tuple(images.shape)}"
             )
         stride = self.backbone.strides[-1]
         height, width = images.shape[-2:]

@@ -18,6 +18,7 @@ from timm.models import get_arch_pretrained_cfgs
 from torch import Tensor, nn
 
 from mscs.errors import MscsError, UsageError, unknown_name
+from mscs.models.weights import listed
 from mscs.results import atomic_path, file_sha256
 
 # The weights that the paper's networks start from. timm's own defaults are others: newer training recipes
@@ -36,7 +37,6 @@ PINNED_TAGS = {
 PACKAGED = {"tf_efficientnet_lite0": "efficientnet-lite0-57934424.pth"}
 """Backbones whose weights come with a package of the index (extra `small`), and its file."""
 PACKAGED_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-SHOWN = 8
 
 
 def weights_folder() -> Path:
@@ -147,8 +147,8 @@ def require_all(body: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if missing := _not_in(own, weights):
         unexpected = _not_in(weights, own)
         raise UsageError(
-            f"the weight file lacks {len(missing)} tensors of the backbone: {_some(missing)}; it has "
-            f"{len(unexpected)} others: {_some(unexpected)}. Expected are the weights of timm's network"
+            f"the weight file lacks {len(missing)} tensors of the backbone: {listed(missing)}; it has "
+            f"{len(unexpected)} others: {listed(unexpected)}. Expected are the weights of timm's network"
         )
 
 
@@ -164,7 +164,3 @@ def _not_in(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list
 
 def _fingerprint(value: Tensor) -> tuple[int, float]:
     return value.numel(), value.double().sum().item()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -53,24 +53,28 @@ def unwrap(content: object) -> dict[str, Tensor]:
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load `tensors`; only batch counters and position indices may be absent or left over."""
-    own = model.state_dict()
+    own, given = (
+        {name: value for name, value in named.items() if not name.endswith(_OPTIONAL)}
+        for named in (model.state_dict(), tensors)
+    )
     problems = {
-        "missing": [name for name in own if name not in tensors and not name.endswith(_OPTIONAL)],
-        "unexpected": [name for name in tensors if name not in own and not name.endswith(_OPTIONAL)],
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
         "of another shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+            f"{name} {tuple(given[name].shape)} instead of {tuple(value.shape)}"
             for name, value in own.items()
-            if name in tensors and tensors[name].shape != value.shape
+            if name in given and given[name].shape != value.shape
         ],
     }
-    text = "; ".join(
-        f"{len(names)} {kind}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-        for kind, names in problems.items()
-        if names
-    )
+    text = "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names)
     if text:
         raise UsageError(
             f"the checkpoint does not fit {type(model).__name__}: {text}. Build the model "
             "with the backbone, class count, options and projector that the checkpoint was trained with"
         )
-    model.load_state_dict({name: value for name, value in tensors.items() if name in own}, strict=False)
+    model.load_state_dict(tensors, strict=False)
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """Return the first names in one line."""
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -356,6 +356,7 @@ def test_memory_grows_with_rows_not_pairs(cross: bool, normalize: bool) -> None:
         ({"backend": "fast"}, "accepted: auto, reference, tiled, triton"),
         ({"precision": "tf32"}, "accepted: auto, fp32, fp16"),
         ({"backend": "triton", "anchors": torch.zeros(4, 3).double()}, '"triton" runs CUDA tensors'),
+        ({"backend": "triton", "temperature": 0.02}, "temperature of at least 0.025"),
     ],
 )
 def test_misuse_is_named(change: dict, message: str) -> None:

@@ -5,7 +5,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mscs.losses import MultiScaleContrastiveLoss, sample_anchors
-from mscs.losses.sampling import BalancedDraw, FullDraw, Selection, downsample_labels, gather_pixels, select
+from mscs.losses.sampling import (
+    Selection,
+    downsample_labels,
+    draw_all,
+    draw_balanced,
+    gather_pixels,
+    select,
+)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -13,11 +20,11 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def choose_balanced(labels: Tensor, *settings) -> Selection:
-    return select([BalancedDraw(labels, *settings)])[0]
+    return select([draw_balanced(labels, *settings)])[0]
 
 
 def choose_all(labels: Tensor, ignore_index: int) -> Selection:
-    return select([FullDraw(labels, ignore_index)])[0]
+    return select([draw_all(labels, ignore_index)])[0]
 
 
 def _numbered(labels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def test_logic_in_the_interpreter() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert re.search(r"\b16 passed", result.stdout), result.stdout[-500:]
+    assert re.search(r"\b14 passed", result.stdout), result.stdout[-500:]
     assert "skipped" not in result.stdout
 
 
@@ -38,19 +38,20 @@ def test_importing_the_losses_does_not_import_triton() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [0, 1], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("split", [False, True], ids=["fp16", "fp32"])
 @pytest.mark.parametrize(
     ("kernel", "flags"),
     [
-        ("_negatives_kernel", {"BOUNDED": True}),
-        ("_negatives_kernel", {"BOUNDED": False}),
+        ("_negatives_kernel", {}),
         ("_positives_kernel", {"SELF": True}),
-        ("_gradient_kernel", {"BOUNDED": True, "BY_ROW": True, "BY_COLUMN": True}),
-        ("_gradient_kernel", {"BOUNDED": False, "BY_ROW": True, "BY_COLUMN": False}),
-        ("_gradient_kernel", {"BOUNDED": True, "BY_ROW": False, "BY_COLUMN": True}),
+        ("_gradient_kernel", {"BY_ROW": True, "BY_COLUMN": True}),
+        ("_gradient_kernel", {"BY_ROW": True, "BY_COLUMN": False}),
+        ("_gradient_kernel", {"BY_ROW": False, "BY_COLUMN": True}),
     ],
 )
-def test_code_for_hopper_uses_its_tensor_cores_and_fits_on_chip(kernel: str, flags: dict, mode: int) -> None:
+def test_code_for_hopper_uses_its_tensor_cores_and_fits_on_chip(
+    kernel: str, flags: dict, split: bool
+) -> None:
     """Compiles without a GPU; the limit is an H100's or H200's shared memory per block."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -60,9 +61,9 @@ def test_code_for_hopper_uses_its_tensor_cores_and_fits_on_chip(kernel: str, fla
 
     function = getattr(triton_kernels, kernel)
     limit = 232_448
-    packed = torch.empty(1 + mode, 1, 256, dtype=torch.float16)
+    packed = torch.empty(1 + split, 1, 256, dtype=torch.float16)
     rows, columns, warps, stages = triton_kernels._tile(packed, limit)
-    constants = {"SIZE": 256, "ROWS": rows, "COLUMNS": columns, "MODE": mode, **flags}
+    constants = {"SIZE": 256, "ROWS": rows, "COLUMNS": columns, "SPLIT": split, **flags}
     types = {
         "x": "*fp16",
         "y": "*fp16",
@@ -98,8 +99,7 @@ def _run(x: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
     [
         ({"precision": "fp32"}, 1e-6, 1e-6),
         ({"precision": "fp16"}, 1e-5, 5e-4),
-        ({"precision": "fp32", "temperature": 0.01}, 3e-6, 1e-5),
-        ({"normalize": False}, 1e-5, 1e-5),
+        ({"precision": "fp32", "temperature": 0.025}, 3e-6, 1e-5),
     ],
 )
 def test_numbers_on_cuda(options: dict, value: float, gradient: float, channels: int) -> None:

@@ -13,7 +13,7 @@ from mscs.models import convert_sync_batchnorm
 SHARES = (1, 3)  # images of each process
 
 
-def make_model(name):
+def make_model(name, **options):
     torch.manual_seed(0)
     if name == "plain":
         model = nn.Sequential(
@@ -26,9 +26,8 @@ def make_model(name):
     else:
         from mscs.models import build_model  # loads timm, which the processes of the plain case do without
 
-        model = build_model(
-            name, "mobilenetv3_small_050", 3, projector="backbone", aspp_channels=8, projector_channels=4
-        )
+        options |= {"projector": "backbone", "aspp_channels": 8, "projector_channels": 4}
+        model = build_model(name, "mobilenetv3_small_050", 3, **options)
     return model.double()
 
 
@@ -84,3 +83,14 @@ def test_one_process_computes_as_before(training):
     assert shared.state_dict().keys() == model.state_dict().keys()
     images = make_images()
     assert torch.equal(shared(images).logits, model(images).logits)
+
+
+def test_recomputed_blocks_update_synchronised_norms_once():
+    results = []
+    for checkpointing in (False, True):
+        model = make_model("deeplabv3", checkpointing=checkpointing)
+        model = convert_sync_batchnorm(model).train()
+        run(model, make_images())
+        results.append(dict(model.named_buffers()))
+    for name, value in results[1].items():
+        assert torch.equal(value, results[0][name]), name
