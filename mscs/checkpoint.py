@@ -6,7 +6,6 @@ to the one before, with a warning.
 """
 
 import fcntl
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mscs.errors import MscsError, UsageError
-from mscs.results import atomic_path, read_json, write_json
+from mscs.results import atomic_path, file_sha256, read_json, write_json
 
 KEPT = 2
 HEADER = "mscs"
@@ -49,7 +48,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
     with atomic_path(path) as temporary:
         with _full_disk(path):
             torch.save({**state, "step": step, "settings": dict(settings)}, temporary)
-        digest = file_digest(temporary)
+        digest = file_sha256(temporary)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
     for later in folder.glob("step-*.pt"):
         if later > path:
@@ -85,7 +84,7 @@ def load_checkpoint(
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             info = read_json(path.with_suffix(".json"))
-            if file_digest(path) != info["sha256"]:
+            if file_sha256(path) != info["sha256"]:
                 raise MscsError("its checksum does not match")
             state = torch.load(path, map_location=device, weights_only=True)
             step, before = state.pop("step"), state.pop("settings")
@@ -155,9 +154,3 @@ def _full_disk(path: Path) -> Iterator[None]:
             f"cannot write {path} ({reason}); make room there. What was there before is untouched; "
             "the same command goes on from the last checkpoint"
         ) from error
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,11 +9,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mscs.distributed import World, is_lost_peer
 from mscs.errors import MscsError
@@ -81,53 +81,30 @@ class FiniteGuard:
 
 
 class Progress:
-    """A bar on a terminal, quiet lines elsewhere, and nothing at all beside the main process."""
+    """Prints the log of the main process, with speed and memory since the last row."""
 
     def __init__(self, settings: Settings, seed: int, world: World, start: int):
-        self._schedule, self._device, self._begun = settings.schedule, world.device, time.perf_counter()
-        self._name, self._speaks = f"{settings.run} seed {seed}", world.is_main
+        self._schedule, self._world, self._begun = settings.schedule, world, time.perf_counter()
+        self._name = f"{settings.run} seed {seed}"
         self._last = (self._begun, start)
-        bar = self._speaks and sys.stderr.isatty()
-        self._bar = tqdm(
-            total=self._schedule.steps,
-            initial=start,
-            desc=self._name,
-            disable=not bar,
-            unit="step",
-            leave=False,
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
     @property
     def seconds(self) -> float:
         """Seconds since this start of the run."""
         return time.perf_counter() - self._begun
 
-    def advance(self) -> None:
-        """Count one step."""
-        self._bar.update()
-
     def show(self, row: Mapping[str, float]) -> None:
-        """Show one log row, with speed and memory since the last one."""
-        if not self._speaks:
-            return
+        """Print one log row."""
         now, step = time.perf_counter(), int(row["step"])
         steps_per_second = (step - self._last[1]) / max(now - self._last[0], 1e-9)
         self._last = (now, step)
         shown = {k: f"{v:.3g}" for k, v in row.items() if not k.startswith(HIDDEN)}
         shown["images/s"] = f"{steps_per_second * self._schedule.batch_size:.3g}"
-        shown["GiB"] = f"{peak_bytes(self._device) / 2**30:.3g}"
-        if not self._bar.disable:
-            self._bar.set_postfix(shown, refresh=False)
-            return
-        left = tqdm.format_interval((self._schedule.steps - step) / steps_per_second)
+        shown["GiB"] = f"{peak_bytes(self._world.device) / 2**30:.3g}"
         text = " ".join(f"{key} {value}" for key, value in shown.items())
-        print(f"{self._name} step {step}/{self._schedule.steps} {text} left {left}", flush=True)
+        left = timedelta(seconds=round((self._schedule.steps - step) / steps_per_second))
+        if self._world.is_main:
+            print(f"{self._name} step {step}/{self._schedule.steps} {text} left {left}", flush=True)
 
 
 def peak_bytes(device: torch.device) -> int:
