@@ -33,9 +33,8 @@ def lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"another process is training into {path.parent}; wait for it or stop it"
-            ) from None
+            message = f"another process is training into {path.parent}; wait for it or stop it"
+            raise UsageError(message) from None
         yield
 
 
@@ -50,23 +49,19 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
             torch.save({**state, "step": step, "settings": dict(settings)}, temporary)
         digest = file_sha256(temporary)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
-    for later in folder.glob("step-*.pt"):
-        if later > path:
-            _remove(later)
-    prune(folder, KEPT)
+    prune(folder, KEPT, path)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the unfinished files of saves that were killed."""
-    for old in sorted(folder.glob("step-*.pt"), reverse=True)[keep:]:
-        _remove(old)
+def prune(folder: Path, keep: int, newest: Path | None = None) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, and the unfinished files of killed saves."""
+    found = sorted(folder.glob("step-*.pt"), reverse=True)
+    kept = [path for path in found if newest is None or path <= newest][:keep]
+    for path in found:
+        if path not in kept:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
     for unfinished in folder.glob(".step-*"):
         unfinished.unlink()
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
-    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def load_checkpoint(

@@ -4,12 +4,12 @@ A unit is a part of the code that can change a result, such as one architecture;
 when its results change. A run's identity holds these versions, never files or digests of files.
 """
 
-import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mscs.errors import UsageError
+from mscs.provenance import package_versions
 from mscs.results import read_yaml
 from mscs.settings import EMBEDDING_LOSSES, Phase
 
@@ -57,15 +57,10 @@ def versions(settings: Mapping[str, Any], phase: Phase, numerics: Mapping[str, A
     return {name: units[name]["version"] for name in used}
 
 
-def installed_packages(names: Mapping[str, Any]) -> dict[str, str | None]:
+def installed_packages(names: Iterable[str]) -> dict[str, str | None]:
     """Return installed versions without their build's suffix (2.14.1+cpu is 2.14.1), None where missing."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    found = package_versions(names)
+    return {name: version and version.partition("+")[0] for name, version in found.items()}
 
 
 def check_packages(accept: bool, numerics: Mapping[str, Any] | None = None) -> None:

@@ -18,7 +18,7 @@ from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
 from mscs.provenance import record, utc
-from mscs.results import file_sha256, read_json, read_mapping, write_csv, write_json
+from mscs.results import file_sha256, read_mapping, write_csv, write_json
 from mscs.settings import Settings
 from mscs.train import Trainer
 
@@ -139,7 +139,7 @@ def _tell_of_others(checkpoints: Path, settings: Settings) -> None:
         if folder == checkpoints.parent or newest is None:
             continue
         with contextlib.suppress(MscsError, KeyError, TypeError, AttributeError):  # a damaged one is no news
-            changes = differences(read_json(newest)["settings"], settings.identity("train"))
+            changes = differences(read_mapping(newest)["settings"], settings.identity("train"))
             print(f"{settings.run}: an interrupted training, with other settings ({changes}), is in {folder}")
 
 
@@ -162,8 +162,8 @@ def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
         "sessions": sessions,
         "data": {
             "root": str(root),
-            "digest": read_json(manifest)["digest"] if manifest.is_file() else None,
-            "generated": read_json(marker) if marker.is_file() else None,
+            "digest": read_mapping(manifest)["digest"] if manifest.is_file() else None,
+            "generated": read_mapping(marker) if marker.is_file() else None,
         },
         "pretrained_weights": pretrained_record(settings.model.backbone, settings.model.pretrained),
     }

@@ -28,7 +28,7 @@ from mscs.job import Observer
 from mscs.loader import Batch, train_loader
 from mscs.losses.objective import Objective
 from mscs.models.sync_batchnorm import convert_sync_batchnorm, freeze_batch_norm
-from mscs.monitor import FiniteGuard, Progress, StopFlag, Stopped, explained, signals
+from mscs.monitor import FiniteGuard, Progress, Stopped, explained, signals
 from mscs.optim import gradient_norm
 from mscs.seeding import derive_seed, torch_generator
 from mscs.settings import Settings
@@ -71,7 +71,7 @@ class Trainer:
                 self._loop(start, network, parts, stop)
         return model.state_dict()
 
-    def _loop(self, start: int, network: nn.Module, parts: dict[str, Any], stop: StopFlag) -> None:
+    def _loop(self, start: int, network: nn.Module, parts: dict[str, Any], stop: list[int]) -> None:
         steps, machine, world = self.settings.schedule.steps, self.settings.machine, self.world
         optimizer, scaler = parts["optimizer"], parts["scaler"]
         learning_rate = build.learning_rate_of(self.settings, len(self.dataset))
@@ -99,13 +99,13 @@ class Trainer:
                 progress.show(self._log(done, lr, terms | counts | norm))
                 for observer in self.observers if world.is_main else ():
                     observer(self.seed, self.history)
-            signum = world.largest(stop.signum)
+            signum = world.largest(max(stop, default=0))
             if signum or done == steps or done % machine.checkpoint_every == 0:
                 guard.check()
                 self._save(done, parts, progress.seconds)
             if signum:
                 raise Stopped(signum, done)
-        signum = world.largest(stop.signum)  # one that came during the last save
+        signum = world.largest(max(stop, default=0))  # one that came during the last save
         if signum:
             raise Stopped(signum, steps)
 
