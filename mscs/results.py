@@ -57,15 +57,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def file_sha256(path: str | Path) -> str:
-    """Return a file's SHA-256 in hex; a file that cannot be read is an MscsError naming it."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise MscsError(f"{path} cannot be read: {error.strerror}") from None
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write text atomically."""
     with atomic_path(path) as temporary:
