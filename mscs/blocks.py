@@ -7,7 +7,7 @@ on by one (contrastive: true); a run holds the blocks of the parts in use only.
 
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
@@ -56,13 +56,13 @@ class Block(BaseModel):
     @classmethod
     def used(cls, flat: Mapping[str, Any]) -> bool:
         """Return whether a run with these flat values uses a part that can be left out."""
-        return all(flat.get(key_of(*item)) for item in cls.model_fields.items() if _is_literal(item[1]))
+        return all(flat.get(name) for name, info in cls.model_fields.items() if is_switch(info))
 
     def arguments(self, *without: str) -> dict[str, Any]:
-        """Return the block's own values by field name, ready to build its part from."""
+        """Return the block's own values by field name, but for what chose it, to build its part from."""
         fields = type(self).model_fields.items()
-        own = [name for name, info in fields if not blocks_in(info) and not _is_literal(info)]
-        return {name: getattr(self, name) for name in own if name not in without}
+        own = [name for name, info in fields if not blocks_in(info) and not is_switch(info)]
+        return {name: getattr(self, name) for name in own if name not in ("name", *without)}
 
     def walk(self) -> Iterator[tuple[str, Affects, Any]]:
         """Yield (flat key, what it affects, JSON value) of this block and the blocks in it.
@@ -108,9 +108,9 @@ def blocks_in(info: FieldInfo) -> list[type[Block]]:
     return [option for option in options if isinstance(option, type) and issubclass(option, Block)]
 
 
-def _is_literal(info: FieldInfo) -> bool:
-    """Return whether a field has one possible value: it chooses its block."""
-    return get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
+def is_switch(info: FieldInfo) -> bool:
+    """Return whether a field switches its block on."""
+    return get_args(info.annotation) == (True,)
 
 
 @cache
@@ -122,8 +122,7 @@ def flat_types(block: type[Block]) -> dict[str, Any]:
             for key, hint in flat_types(inner).items():
                 types[key] = types[key] | hint if key in types else hint
         if not blocks_in(info):
-            hint = info.rebuild_annotation()
-            types[key_of(name, info)] = StrictBool if hint == Literal[True] else hint
+            types[key_of(name, info)] = StrictBool if is_switch(info) else info.rebuild_annotation()
     return types
 
 

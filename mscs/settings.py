@@ -170,16 +170,10 @@ class Sgd(Block):
     momentum: Share
 
 
-class AdamW(Block):
-    """AdamW, with Swin's parameters that are not decayed."""
-
-    name: Literal["adamw"] = Field(alias="optimizer")
-
-
 class Adam(Block):
-    """Adam."""
+    """Adam, or AdamW with Swin's parameters that are not decayed."""
 
-    name: Literal["adam"] = Field(alias="optimizer")
+    name: Literal["adam", "adamw"] = Field(alias="optimizer")
 
 
 class Poly(Block):
@@ -208,7 +202,7 @@ class Schedule(Block):
 
     name: Annotated[Name, NOTHING] = Field(alias="schedule")
     crop_size: tuple[Side, Side]
-    optimizer: Sgd | AdamW | Adam = Field(discriminator="name")
+    optimizer: Sgd | Adam = Field(discriminator="name")
     lr: Weight
     lr_schedule: Poly | Linear | Exponential = Field(discriminator="name")
     weight_decay: Weight
@@ -290,9 +284,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             yield f"{name}: found {list(values)}, expected at least one item and none twice"
     shown = settings.data.augmentation
     for name, span in (("scale_range", shown.scale_range), ("aspect_range", shown.aspect_range)):
-        low, high = span or (0, 0)
-        if low > high:
-            yield f"{name}: found [{low}, {high}], expected the smaller one first"
+        if span is not None and span[0] > span[1]:
+            yield f"{name}: found {list(span)}, expected the smaller one first"
     loss, schedule = settings.loss, settings.schedule
     for name in EMBEDDING_LOSSES:
         if getattr(loss, name) is not None and loss.projector is None:
