@@ -87,9 +87,11 @@ def check_processes(settings: Settings, processes: int) -> None:
     """Raise UsageError unless the groups of a batch can be shared among so many processes."""
     groups, parts = settings.schedule.groups, settings.schedule.accumulation_steps
     if processes < 1 or groups % (processes * parts):
-        batch = f"a batch of {groups} groups of images" + (f" in {parts} parts" if parts > 1 else "")
-        accepted = f"accepted are the divisors of {groups // parts}"
-        raise UsageError(f"{processes} processes cannot share {batch}; {accepted}")
+        in_parts = f" in {parts} parts" if parts > 1 else ""
+        raise UsageError(
+            f"{processes} processes cannot share a batch of {groups} groups of images{in_parts}; accepted are "
+            f"the divisors of {groups // parts}"
+        )
 
 
 def default_processes(device: str, groups: int) -> int:

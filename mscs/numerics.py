@@ -63,12 +63,16 @@ def installed_packages(names: Iterable[str]) -> dict[str, str | None]:
     return {name: version and version.partition("+")[0] for name, version in found.items()}
 
 
-def check_packages(accept: bool, numerics: Mapping[str, Any] | None = None) -> None:
-    """Raise UsageError where the installed packages are not those last accepted, unless `accept`."""
+def check_packages(accept: bool, numerics: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    """Return the installed versions of the packages that count.
+
+    Raises UsageError where they are not those last accepted, unless `accept`.
+    """
     accepted = (numerics or load_numerics())["units"][PACKAGES]["accepted"]
+    installed = installed_packages(accepted)
     found = ", ".join(
         f"{name} {version or 'not installed'} (accepted: {', '.join(accepted[name])})"
-        for name, version in installed_packages(accepted).items()
+        for name, version in installed.items()
         if version not in accepted[name]
     )
     if found and not accept:
@@ -77,3 +81,4 @@ def check_packages(accept: bool, numerics: Mapping[str, Any] | None = None) -> N
             "versions (make setup), use --accept-packages for this run alone, or accept them for all with "
             "`python -m reproduce accept packages`"
         )
+    return installed

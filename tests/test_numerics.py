@@ -75,7 +75,7 @@ def test_accepted_packages_pass():
     found = installed_packages(["numpy", "torch"])
     assert all("+" not in version for version in found.values())
     accepted = {name: ["0.1", version] for name, version in found.items()}
-    check_packages(accept=False, numerics=with_accepted(accepted))
+    assert check_packages(accept=False, numerics=with_accepted(accepted)) == found
 
 
 def test_unknown_packages_are_refused_unless_accepted():
@@ -90,4 +90,4 @@ def test_unknown_packages_are_refused_unless_accepted():
         "python -m reproduce accept packages",
     ):
         assert part in str(refusal.value)
-    check_packages(accept=True, numerics=numerics)
+    assert check_packages(accept=True, numerics=numerics) == {"numpy": here, "no-such-package": None}
