@@ -89,8 +89,8 @@ def check_processes(settings: Settings, processes: int) -> None:
     if processes < 1 or groups % (processes * parts):
         in_parts = f" in {parts} parts" if parts > 1 else ""
         raise UsageError(
-            f"{processes} processes cannot share a batch of {groups} groups of images{in_parts}; accepted are "
-            f"the divisors of {groups // parts}"
+            f"{processes} processes cannot share a batch of {groups} groups of images{in_parts}; accepted "
+            f"are the divisors of {groups // parts}"
         )
 
 
