@@ -5,38 +5,28 @@ be exchanged declares a block of its own, chosen by the value of a literal key (
 on by one (contrastive: true); a run holds the blocks of the parts in use only.
 """
 
-import json
-import re
 from collections.abc import Iterator, Mapping
-from functools import cache, reduce
-from operator import or_
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from functools import cache
+from typing import Any, ClassVar, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, create_model, model_validator
 from pydantic.fields import FieldInfo
 
 from mscs.errors import UsageError, unknown_name
 
-_NUMBER = re.compile(r"[-+]?[0-9]+([.][0-9]*)?[eE][-+]?[0-9]+")
-_STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_pattern_mismatch": "letters, digits, _ and -",
     "tuple_type": "a list",
     "mapping_type": "a mapping",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
     "none_required": "null",
     "missing": "one item more",
 }
-
-
-def _number(value: Any) -> Any:
-    """Read 1e-3, which YAML takes for text because it has no point."""
-    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
-        return value
-    number = float(value)
-    return int(number) if number.is_integer() else number
 
 
 class Affects(str):
@@ -45,39 +35,34 @@ class Affects(str):
 
 TRAIN, EVALUATE, BOTH, NOTHING = map(Affects, ("train", "evaluate", "both", "nothing"))
 
-Int = Annotated[int, BeforeValidator(_number)]
-Float = Annotated[float, BeforeValidator(_number)]
-Index = Annotated[Int, Field(ge=0)]
-Count = Annotated[Int, Field(ge=1)]
-Side = Annotated[Int, Field(ge=16)]
-Weight = Annotated[Float, Field(ge=0)]
-Share = Annotated[Float, Field(ge=0, le=1)]
-Ratio = Annotated[Float, Field(ge=0.01, le=100)]
-Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
-"""Of what becomes part of paths and commands."""
-
 
 class Block(BaseModel):
     """Settings of one part. `affects` holds for the keys that do not say otherwise."""
 
-    model_config = ConfigDict(
-        **_STRICT, frozen=True, extra="forbid", validate_by_name=True, protected_namespaces=()
-    )
-    affects: ClassVar[Affects] = BOTH
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, protected_namespaces=())
+    affects: ClassVar[Affects] = TRAIN
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_flat(cls, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the same flat values to the blocks in this one; a part that is not in use is None."""
+        nested = dict(flat)
+        for name, info in cls.model_fields.items():
+            if inner := blocks_in(info):
+                can_be_left_out = type(None) in get_args(info.annotation)
+                nested[name] = flat if not can_be_left_out or inner[0].used(flat) else None
+        return nested
 
     @classmethod
     def used(cls, flat: Mapping[str, Any]) -> bool:
-        """Return whether a run with these flat values uses the part: its literal keys say so."""
-        literals = [
-            (key_of(name, info), info) for name, info in cls.model_fields.items() if _is_literal(info)
-        ]
-        return all(flat.get(key) in get_args(info.annotation) for key, info in literals)
+        """Return whether a run with these flat values uses a part that can be left out."""
+        return all(flat.get(name) for name, info in cls.model_fields.items() if is_switch(info))
 
     def arguments(self, *without: str) -> dict[str, Any]:
-        """Return the block's own values by field name, ready to build its part from."""
+        """Return the block's own values by field name, but for what chose it, to build its part from."""
         fields = type(self).model_fields.items()
-        own = [name for name, info in fields if not blocks_in(info) and not _is_literal(info)]
-        return {name: getattr(self, name) for name in own if name not in without}
+        own = [name for name, info in fields if not blocks_in(info) and not is_switch(info)]
+        return {name: getattr(self, name) for name in own if name not in ("name", *without)}
 
     def walk(self) -> Iterator[tuple[str, Affects, Any]]:
         """Yield (flat key, what it affects, JSON value) of this block and the blocks in it.
@@ -98,6 +83,20 @@ class Block(BaseModel):
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 
+class Form(BaseModel):
+    """A mapping that is checked and not kept; an unknown key is named with the nearest valid one."""
+
+    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, Mapping) else ():
+            if key not in cls.model_fields:
+                raise ValueError(unknown_name("key", key, cls.model_fields))
+        return values
+
+
 def key_of(name: str, info: FieldInfo) -> str:
     """Return the flat key of a field."""
     return info.alias or name
@@ -109,53 +108,33 @@ def blocks_in(info: FieldInfo) -> list[type[Block]]:
     return [option for option in options if isinstance(option, type) and issubclass(option, Block)]
 
 
-def _is_literal(info: FieldInfo) -> bool:
-    """Return whether a field has one possible value: it chooses its block."""
-    return get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
+def is_switch(info: FieldInfo) -> bool:
+    """Return whether a field switches its block on."""
+    return get_args(info.annotation) == (True,)
 
 
-def _walk_fields(block: type[Block]) -> Iterator[tuple[str, FieldInfo]]:
+@cache
+def flat_types(block: type[Block]) -> dict[str, Any]:
+    """Return the type of every flat key below a block, in use or not."""
+    types: dict[str, Any] = {}
     for name, info in block.model_fields.items():
-        inner = blocks_in(info)
-        for option in inner:
-            yield from _walk_fields(option)
-        if not inner:
-            yield key_of(name, info), info
+        for inner in blocks_in(info):
+            for key, hint in flat_types(inner).items():
+                types[key] = types[key] | hint if key in types else hint
+        if not blocks_in(info):
+            types[key_of(name, info)] = StrictBool if is_switch(info) else info.rebuild_annotation()
+    return types
+
+
+def form(**types: Any) -> Any:
+    """Return a form with keys of these types, each of which may be left out."""
+    fields: dict[str, Any] = {key: (hint, None) for key, hint in types.items()}
+    return create_model("Form", __base__=Form, **fields)
 
 
 @cache
-def keys(block: type[Block]) -> tuple[str, ...]:
-    """Return every flat key below a block, in use or not."""
-    return tuple(dict.fromkeys(key for key, _ in _walk_fields(block)))
-
-
-@cache
-def _adapter(block: type[Block], key: str) -> TypeAdapter[Any]:
-    """Return what checks one key by itself: any of the values that choose a part, or none of them."""
-    hints = [info.rebuild_annotation() for name, info in _walk_fields(block) if name == key]
-    if Literal[True] in hints:  # a part that can be left out
-        hints.append(Literal[False])
-    return TypeAdapter(reduce(or_, hints), config=_STRICT)
-
-
-def check_value(block: type[Block], key: str, value: Any, where: str) -> None:
-    """Raise UsageError unless `value` is possible for a flat key by itself."""
-    try:
-        _adapter(block, key).validate_json(json.dumps(value))
-    except ValidationError as error:
-        raise UsageError(f"{where}: {key}: {_explained(value, error)}") from None
-    except TypeError:
-        raise UsageError(f"{where}: {key}: found {value!r}, expected a plain value") from None
-
-
-def _explained(value: Any, error: ValidationError) -> str:
-    """Return what was found and what should have been, from pydantic's errors, one per alternative."""
-    expected = []
-    for item in error.errors():
-        if item["type"] == "value_error":
-            return item["msg"].removeprefix("Value error, ")
-        expected.append(_EXPECTED.get(item["type"], item["msg"].removeprefix("Input should be ")))
-    return f"found {value!r}, expected {' or '.join(dict.fromkeys(expected))}"
+def _form_of(block: type[Block]) -> Any:
+    return form(**flat_types(block))
 
 
 def from_flat(block: type[AnyBlock], values: Mapping[str, Any], where: str) -> AnyBlock:
@@ -164,30 +143,44 @@ def from_flat(block: type[AnyBlock], values: Mapping[str, Any], where: str) -> A
     Raises:
         UsageError: an unknown or missing key, an impossible value, or values that contradict each other.
     """
-    for key, value in values.items():
-        if key not in keys(block):
-            raise UsageError(f"{where}: {unknown_name('key', key, keys(block))}")
-        check_value(block, key, value, where)
+    check(_form_of(block), values, where)
     try:
-        return block.model_validate_json(json.dumps(_nest(block, values)))
+        return block.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "missing":
-            raise UsageError(f"{where}: missing key {first['loc'][-1]!r}; set it in params.yaml") from None
-        raise UsageError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UsageError(f"{where}: {_explained(error, {})}") from None
 
 
-def _nest(block: type[Block], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested form of flat values, with the blocks of the parts that they choose."""
-    nested: dict[str, Any] = {}
-    for name, info in block.model_fields.items():
-        key, inner = key_of(name, info), blocks_in(info)
-        if not inner and key in flat:
-            nested[key] = flat[key]
-        elif inner:
-            chosen = next((option for option in inner if option.used(flat)), None)
-            if chosen is not None:
-                nested[key] = _nest(chosen, flat)
-            elif type(None) in get_args(info.annotation):
-                nested[key] = None
-    return nested
+def check(accepted: Any, values: Any, where: str) -> None:
+    """Raise UsageError unless `values` fit a form: in which place, what was found, what is accepted."""
+    try:
+        accepted.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explained(error, values)}") from None
+
+
+def _explained(error: ValidationError, found: Any) -> str:
+    """Return what is wrong with the first wrong value in `found`, from pydantic's errors."""
+    problems = error.errors()
+    kind, location = problems[0]["type"], problems[0]["loc"]
+    place: list[str] = []
+    for part in location:
+        if not isinstance(found, Mapping) or part not in found:
+            break
+        found = found[part]
+        place.append(str(part))
+    if kind == "value_error":
+        said = problems[0]["msg"].removeprefix("Value error, ")
+    elif kind == "union_tag_not_found" or (kind == "missing" and isinstance(location[-1], str)):
+        said = f"missing key {location[-1]!r}"
+    else:
+        # one error for each of the alternatives
+        here = [item for item in problems if item["loc"][: len(place)] == location[: len(place)]]
+        expected = [
+            _EXPECTED.get(item["type"], item["msg"].removeprefix("Input should be ")) for item in here
+        ]
+        shown = repr(found)
+        if location[-1:] == ("[key]",):
+            shown = f"the name {location[-2]!r}"
+            place.pop()
+        said = f"found {shown}, expected {' or '.join(dict.fromkeys(expected))}"
+    return f"{'.'.join(place)}: {said}" if place else said

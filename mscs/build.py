@@ -7,6 +7,7 @@ from its own block of settings.
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,6 @@ from mscs.settings import Contrastive, Settings
 from mscs.transforms import Photometric, TrainTransform, color_jitter, photometric_distortion
 
 AUTOCAST = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE = {"fp64": torch.float64}
-"""Of weights and images, where it is not float32."""
 PHOTOMETRIC: dict[str, Photometric | None] = {
     "jitter": color_jitter,
     "photometric": photometric_distortion,
@@ -73,7 +72,7 @@ def train_transform(settings: Settings) -> TrainTransform:
 
 def dtype_of(settings: Settings) -> torch.dtype:
     """Return the dtype of weights and images."""
-    return DTYPE.get(settings.machine.precision, torch.float32)
+    return torch.float64 if settings.machine.precision == "fp64" else torch.float32
 
 
 def memory_format_of(settings: Settings) -> torch.memory_format:
@@ -138,20 +137,14 @@ def optimizer(settings: Settings, model: nn.Module, *, fused: bool) -> torch.opt
 def learning_rate_of(settings: Settings, num_images: int) -> Callable[[int], float]:
     """Return the learning rate as a function of the step; an epoch counts its incomplete batch."""
     schedule = settings.schedule
-    decay = schedule.lr_schedule
-    steps_per_epoch = math.ceil(num_images / schedule.batch_size)
-
-    def at(step: int) -> float:
-        return learning_rate(
-            step,
-            lr=schedule.lr,
-            schedule=decay.name,
-            steps=schedule.steps,
-            steps_per_epoch=steps_per_epoch,
-            **decay.arguments(),
-        )
-
-    return at
+    return partial(
+        learning_rate,
+        lr=schedule.lr,
+        schedule=schedule.lr_schedule.name,
+        steps=schedule.steps,
+        steps_per_epoch=math.ceil(num_images / schedule.batch_size),
+        **schedule.lr_schedule.arguments(),
+    )
 
 
 def trained_network(settings: Settings, num_classes: int, weights: Path) -> SegmentationModel:

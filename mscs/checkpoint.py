@@ -6,7 +6,6 @@ to the one before, with a warning.
 """
 
 import fcntl
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mscs.errors import MscsError, UsageError
-from mscs.results import atomic_path, read_json, write_json
+from mscs.results import atomic_path, file_sha256, read_json, write_json
 
 KEPT = 2
 HEADER = "mscs"
@@ -34,9 +33,8 @@ def lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"another process is training into {path.parent}; wait for it or stop it"
-            ) from None
+            message = f"another process is training into {path.parent}; wait for it or stop it"
+            raise UsageError(message) from None
         yield
 
 
@@ -49,25 +47,21 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings:
     with atomic_path(path) as temporary:
         with _full_disk(path):
             torch.save({**state, "step": step, "settings": dict(settings)}, temporary)
-        digest = file_digest(temporary)
+        digest = file_sha256(temporary)
     write_json(path.with_suffix(".json"), {"step": step, "sha256": digest, "settings": dict(settings)})
-    for later in folder.glob("step-*.pt"):
-        if later > path:
-            _remove(later)
-    prune(folder, KEPT)
+    prune(folder, KEPT, path)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and the unfinished files of saves that were killed."""
-    for old in sorted(folder.glob("step-*.pt"), reverse=True)[keep:]:
-        _remove(old)
+def prune(folder: Path, keep: int, newest: Path | None = None) -> None:
+    """Remove all but the last `keep` checkpoints up to `newest`, and the unfinished files of killed saves."""
+    found = sorted(folder.glob("step-*.pt"), reverse=True)
+    kept = [path for path in found if newest is None or path <= newest][:keep]
+    for path in found:
+        if path not in kept:
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
     for unfinished in folder.glob(".step-*"):
         unfinished.unlink()
-
-
-def _remove(path: Path) -> None:
-    path.unlink()
-    path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def load_checkpoint(
@@ -85,7 +79,7 @@ def load_checkpoint(
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             info = read_json(path.with_suffix(".json"))
-            if file_digest(path) != info["sha256"]:
+            if file_sha256(path) != info["sha256"]:
                 raise MscsError("its checksum does not match")
             state = torch.load(path, map_location=device, weights_only=True)
             step, before = state.pop("step"), state.pop("settings")
@@ -155,9 +149,3 @@ def _full_disk(path: Path) -> Iterator[None]:
             f"cannot write {path} ({reason}); make room there. What was there before is untouched; "
             "the same command goes on from the last checkpoint"
         ) from error
-
-
-def file_digest(path: Path) -> str:
-    """Return a file's SHA-256 in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

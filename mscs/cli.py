@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mscs
-from mscs.command_line import add_command, run_command
+from mscs.command_line import Handler, add_command, run_command
 from mscs.errors import UsageError
 from mscs.job import Job
 from mscs.launch import evaluate, train
@@ -30,8 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mscs {mscs.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_command(commands, "runs", _runs, "list every run of the paper", params=True, as_json=True)
-    text = "print one run's settings and where each comes from"
-    _add_run_arguments(add_command(commands, "show", _show, text, params=True, profile=True, as_json=True))
+    _add_run_command(commands, "show", _show, "print one run's settings and where each comes from", True)
     _add_train(commands)
     _add_evaluate(commands)
 
@@ -44,85 +43,46 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(commands: Any) -> None:
-    text = "train one run, or go on with it"
-    command = add_command(commands, "train", _train, text, params=True, profile=True)
-    _add_run_arguments(command)
-    _add_job_arguments(command)
-    command.add_argument(
-        "--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)"
+    command = _add_run_command(commands, "train", _train, "train one run, or go on with it")
+    add = command.add_argument
+    add("--workers", type=int, help="processes that read data ahead (default: 0 on CPU, 4 on GPU)")
+    add("--processes", type=int, help="divisor of the batch's groups of images (default: one per GPU)")
+    add("--restarts", type=int, default=0, metavar="N", help="replace lost processes N times (default: 0)")
+    add("--fresh", action="store_true", help="start from step 0 even if there is a checkpoint")
+    add(
+        "--accept-changed", action="store_true", help="go on from a checkpoint of another version of the code"
     )
-    command.add_argument(
-        "--processes",
-        type=int,
-        help="training processes: divisors of the batch's groups of images (default: one per GPU)",
-    )
-    command.add_argument(
-        "--restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="start the training processes again, up to N times, when one is lost (default: 0)",
-    )
-    command.add_argument(
-        "--fresh", action="store_true", help="start from step 0 even if there is a checkpoint"
-    )
-    command.add_argument(
-        "--accept-changed",
-        action="store_true",
-        help="go on from a checkpoint that another version of the code has written (see numerics.yaml)",
-    )
-    command.add_argument(
-        "--log",
-        action="append",
-        default=[],
-        choices=("dvclive", "tensorboard"),
-        help="log there too (repeatable)",
-    )
-    command.add_argument(
-        "--samples",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draw predictions every N log rows (default: never)",
-    )
+    logs = ("dvclive", "tensorboard")
+    add("--log", action="append", default=[], choices=logs, help="log there too (repeatable)")
 
 
 def _add_evaluate(commands: Any) -> None:
-    text = "score a trained run on its validation images"
-    command = add_command(commands, "evaluate", _evaluate, text, params=True, profile=True)
-    _add_run_arguments(command)
-    _add_job_arguments(command)
-    command.add_argument("--checkpoint", type=Path, help="weights file (default: those of the run)")
-    command.add_argument(
-        "--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only"
+    command = _add_run_command(
+        commands, "evaluate", _evaluate, "score a trained run on its validation images"
     )
-    command.add_argument("--split", help="split to score (default: the one of the settings)")
-    command.add_argument(
-        "--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format"
-    )
+    add = command.add_argument
+    add("--checkpoint", type=Path, help="weights file (default: those of the run)")
+    add("--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only")
+    add("--split", help="split to score (default: the one of the settings)")
+    add("--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format")
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="id of a run (see `mscs runs`)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (repeatable)"
-    )
-
-
-def _add_job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from"
-    )
-    parser.add_argument(
-        "--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)"
-    )
-    parser.add_argument("--seed", type=int, help="one of the run's seeds (default: all of them)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument(
-        "--accept-packages",
-        action="store_true",
-        help="compute with versions of PyTorch, timm and others that numerics.yaml does not know",
-    )
+def _add_run_command(
+    commands: Any, name: str, handler: Handler, text: str, prints: bool = False
+) -> argparse.ArgumentParser:
+    """Add a command on one run: one that prints its settings, or one that computes with them."""
+    command = add_command(commands, name, handler, text, params=True, profile=True, as_json=prints)
+    add = command.add_argument
+    add("run", metavar="RUN", help="id of a run (see `mscs runs`)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (repeatable)")
+    if not prints:
+        add("--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from")
+        add("--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)")
+        add("--seed", type=int, help="one of the run's seeds (default: all of them)")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+        text = "compute with versions of PyTorch, timm and others that numerics.yaml does not know"
+        add("--accept-packages", action="store_true", help=text)
+    return command
 
 
 def _runs(args: argparse.Namespace) -> None:
@@ -177,15 +137,14 @@ def _job(args: argparse.Namespace, settings: Settings, **further: Any) -> Job:
 def _train(args: argparse.Namespace) -> int:
     settings = _settings(args)
     _require_pretrained(settings, args.set)
-    job = _job(
-        args,
-        settings,
-        workers=args.workers,
-        # a launcher's second start goes on from the checkpoint of its first
-        fresh=args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0",
-        accept_changed=args.accept_changed,
-    )
-    job = replace(job, observers=_observers(args, settings, job.files(job.seeds[0]).work))
+    # a launcher's second start goes on from the checkpoint of its first
+    fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    job = _job(args, settings, workers=args.workers, fresh=fresh, accept_changed=args.accept_changed)
+    if args.log:
+        from mscs.trackers import build_tracker
+
+        folder = job.files(job.seeds[0]).work / "logs"
+        job = replace(job, observers=[build_tracker(name, folder) for name in args.log])
     return train(job, args.argv, processes=args.processes, restarts=args.restarts)
 
 
@@ -195,43 +154,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         settings = _settings(args, evaluation=[*settings.evaluation.modes, "ms"])
     save = None
     if args.save_predictions is not None:
-        if args.save_predictions.exists() and not args.save_predictions.is_dir():
+        if args.save_predictions.is_file():
             raise UsageError(f"--save-predictions {args.save_predictions} is a file; name a folder")
         from mscs.predictions import prediction_saver
 
         save = prediction_saver(args.save_predictions)
     asked = [str(args.checkpoint), args.split or settings.data.score_split, args.ms]
-    tag = ""
-    if asked != [
-        "None",
-        settings.data.score_split,
-        False,
-    ]:  # not what the pipeline asks for: it keeps its own scores
-        tag = f"+{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+    # the pipeline's own scores are kept from what it does not ask for
+    tag = "" if asked == ["None", settings.data.score_split, False] else f"+{digest}"
     evaluate(_job(args, settings), checkpoint=args.checkpoint, split=args.split, tag=tag, save=save)
-
-
-def _observers(args: argparse.Namespace, settings: Settings, work: Path) -> list[Any]:
-    """Return what watches a training beside its own log."""
-    if not args.log and not args.samples:
-        return []
-    from mscs.datasets import label_set
-    from mscs.trackers import build_tracker, sample_pictures
-
-    observers = [build_tracker(name, work / "logs") for name in args.log]
-    if args.samples:
-        colors = label_set(settings.data.name, settings.data.task).colors
-        observers.append(sample_pictures(work / "samples", colors, args.samples))
-    return observers
 
 
 def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
     """Refuse to train the paper's networks from random weights, unless asked for by name."""
-    if (
-        settings.profile == "paper"
-        and not settings.model.pretrained
-        and not any(pair.partition("=")[0].strip() == "pretrained" for pair in overrides)
-    ):
+    asked = any(pair.partition("=")[0].strip() == "pretrained" for pair in overrides)
+    if settings.profile == "paper" and not settings.model.pretrained and not asked:
         raise UsageError(
             f"{settings.run} would start from random weights in profile paper, with results that mean "
             "nothing beside the paper's. Set pretrained: true, or ask for it by name: --set pretrained=false"

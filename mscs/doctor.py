@@ -83,7 +83,7 @@ def examine(profile: str) -> Iterator[Finding]:
 def check_packages() -> Finding:
     """The packages that can change results, against the versions that were last accepted."""
     try:
-        installed = numerics.check_packages(accept=False)["installed"]
+        installed = numerics.check_packages(accept=False)
     except UsageError as error:
         state = "warning" if _version("torch") else "problem"
         return Finding("packages", state, str(error), "`make setup` installs the pinned ones")

@@ -1,7 +1,8 @@
 """Weights + validation images -> confusion matrix -> scores, as each dataset's protocol has it."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def count_pixels(
     classes = dataset.num_classes
     total = torch.zeros(classes, classes, dtype=torch.int64, device=predictor.device)
     top = settings.data.reflect_pad[0] if settings.evaluation.score_padding else 0
-    for sample in _progress(_share(dataset, world), dataset, settings, world):
+    share = range(world.rank, len(dataset), world.size)
+    quiet = not (world.is_main and sys.stderr.isatty())
+    for index in tqdm(share, desc=f"evaluate {settings.run}", unit="image", disable=quiet):
+        sample = dataset[index]
         prediction = predictor.scores(sample.image, multi_scale=multi_scale).argmax(0)
         label = scored_label(sample, settings).to(prediction.device)
         total += confusion_matrix(prediction, label, classes, dataset.ignore_index)
@@ -74,18 +78,9 @@ def evaluate_weights(
     matrices: dict[str, np.ndarray] = {}
     for mode in settings.evaluation.modes:
         name = f"{mode}-seed-{seed}"
-
-        def keep(sample: Sample, ids: np.ndarray, name: str = name) -> None:
-            if save is not None:
-                save(name, dataset, sample, ids)
-
+        keep = partial(save, name, dataset) if save is not None else None
         confusion = count_pixels(
-            predictor,
-            dataset,
-            settings,
-            world,
-            multi_scale=mode == "ms",
-            on_prediction=keep if save is not None else None,
+            predictor, dataset, settings, world, multi_scale=mode == "ms", on_prediction=keep
         )
         found = scores(confusion, settings.evaluation.absent_classes)
         record[mode] = {"miou": found["miou"], "std": None, "n": 1, "seeds": {str(seed): found}}
@@ -98,15 +93,3 @@ def evaluate_weights(
 def nonzero(matrix: np.ndarray) -> list[list[int]]:
     """Return the filled entries of a confusion matrix as [true class, predicted class, pixels]."""
     return [[int(t), int(p), int(matrix[t, p])] for t, p in zip(*np.nonzero(matrix), strict=True)]
-
-
-def _share(dataset: Dataset, world: World) -> Iterator[Sample]:
-    for index in range(world.rank, len(dataset), world.size):
-        yield dataset[index]
-
-
-def _progress(
-    samples: Iterable[Sample], dataset: Dataset, settings: Settings, world: World
-) -> Iterable[Sample]:
-    quiet = not (world.is_main and sys.stderr.isatty())
-    return tqdm(samples, total=len(dataset), desc=f"evaluate {settings.run}", unit="image", disable=quiet)

@@ -6,9 +6,9 @@ sliding windows, merged as the protocol says. Scores are resized with the networ
 are the images of `ms_scales` where they refer to the padded image, as in the authors' code.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from itertools import product
+from typing import Literal
 
 import numpy as np
 import torch
@@ -147,50 +147,36 @@ class Predictor:
     def _windows(self, pixels: Tensor, window: tuple[int, int]) -> Tensor:
         height, width = pixels.shape[-2:]
         inner = self.protocol.ms_border == "shift"
-        places = list(window_places((height, width), window, self.protocol.ms_overlap, shift=inner))
-        bottom, right = max(p.bottom for p in places), max(p.right for p in places)
+        places = window_places((height, width), window, self.protocol.ms_overlap, shift=inner)
+        bottom, right = (max(place[axis].stop for place in places) for axis in (0, 1))
         pixels = _pad_black(pixels, bottom, right)
-        total = count = None
+        total, count = torch.zeros(()), pixels.new_zeros(1, 1, bottom, right)
         for first in range(0, len(places), self._max_batch):
             part = places[first : first + self._max_batch]
-            crops = torch.cat([pixels[:, :, p.top : p.bottom, p.left : p.right] for p in part])
-            for place, scores in zip(part, self._both_flips(crops), strict=True):
-                if total is None or count is None:
+            crops = torch.cat([pixels[:, :, rows, columns] for rows, columns in part])
+            for (rows, columns), scores in zip(part, self._both_flips(crops), strict=True):
+                if not total.ndim:
                     total = scores.new_zeros(1, len(scores), bottom, right)
-                    count = scores.new_zeros(1, 1, bottom, right)
-                total[0, :, place.top : place.bottom, place.left : place.right] += scores
-                count[0, :, place.top : place.bottom, place.left : place.right] += 1
-        assert total is not None
-        assert count is not None
+                total[0, :, rows, columns] += scores
+                count[0, :, rows, columns] += 1
         return (total / count)[:, :, :height, :width]
-
-
-class Place(NamedTuple):
-    """One window: rows top to bottom, columns left to right, ends excluded."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
 
 
 def window_places(
     size: tuple[int, int], window: tuple[int, int], overlap: float, *, shift: bool
-) -> Iterator[Place]:
-    """Yield the windows that cover `size`.
+) -> list[tuple[slice, slice]]:
+    """Return rows and columns of the windows that cover `size`.
 
     The last one of a row or column is moved inwards (`shift`) or reaches beyond the image; where the image is
     smaller than a window it always does.
     """
-    starts = []
+    spans = []
     for side, length in zip(size, window, strict=True):
         stride = max(1, int(length * (1 - overlap)))
-        count = 1 + max(0, -(-(side - length) // stride))
         inside = max(0, side - length)
-        starts.append([min(i * stride, inside) if shift else i * stride for i in range(count)])
-    for top in starts[0]:
-        for left in starts[1]:
-            yield Place(top, top + window[0], left, left + window[1])
+        starts = range(0, inside + stride, stride)
+        spans.append([slice(s, s + length) for s in (min(s, inside) if shift else s for s in starts)])
+    return list(product(*spans))
 
 
 def _pad_black(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -1,16 +1,14 @@
 """What is to be carried out, and how: the settings of a run, seeds, folders, device."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mscs.errors import UsageError
 from mscs.paths import SeedFiles, data_root
 from mscs.settings import Settings
 
-if TYPE_CHECKING:
-    from mscs.train import Observer
+Observer = Callable[[int, Sequence[Mapping[str, float]]], None]
+"""What watches a training: called at every logging step with the seed and all rows of the log so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class Job:
     accept_changed: bool = False
     """Go on from a checkpoint of another version of the code."""
     accept_packages: bool = False
-    observers: "Sequence[Observer]" = field(default_factory=tuple)
+    observers: Sequence[Observer] = ()
 
     @property
     def data_root(self) -> Path:
@@ -41,13 +39,3 @@ class Job:
     def files(self, seed: int) -> SeedFiles:
         """Return the files of one seed."""
         return SeedFiles(self.settings.profile, self.folder, seed)
-
-
-def check_processes(settings: Settings, processes: int) -> None:
-    """Raise UsageError unless the groups of a batch can be shared among so many processes."""
-    groups = settings.schedule.groups
-    if processes < 1 or groups % processes:
-        raise UsageError(
-            f"{processes} processes cannot share a batch of {groups} groups of images; accepted are the "
-            f"divisors of {groups}"
-        )

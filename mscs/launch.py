@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from mscs.datasets.spec import GENERATED
 from mscs.errors import UsageError
-from mscs.job import Job, check_processes
+from mscs.job import Job
 from mscs.numerics import check_packages
 from mscs.paths import data_root
 from mscs.results import read_mapping
-from mscs.settings import Data, Settings
+from mscs.settings import Settings
 
 if TYPE_CHECKING:
     from mscs.evaluation import OnPrediction
@@ -28,12 +28,11 @@ SAVING_SECONDS = 110
 
 def train(job: Job, argv: Sequence[str], *, processes: int | None = None, restarts: int = 0) -> int:
     """Train the seeds of a job, in this process or in several that run `mscs ARGV`; return the exit code."""
-    groups = job.settings.schedule.groups
-    launched = "WORLD_SIZE" in os.environ
+    launched = os.environ.get("WORLD_SIZE")
     if launched:
-        processes = int(os.environ["WORLD_SIZE"])
+        processes = int(launched)
     elif processes is None:
-        processes = default_processes(job.device, groups)
+        processes = default_processes(job.device, job.settings.schedule.groups)
     check_processes(job.settings, processes)
     if restarts < 0:
         raise UsageError(f"--restarts {restarts}: accepted are numbers from 0")
@@ -84,6 +83,17 @@ def evaluate(
     return records
 
 
+def check_processes(settings: Settings, processes: int) -> None:
+    """Raise UsageError unless the groups of a batch can be shared among so many processes."""
+    groups, parts = settings.schedule.groups, settings.schedule.accumulation_steps
+    if processes < 1 or groups % (processes * parts):
+        in_parts = f" in {parts} parts" if parts > 1 else ""
+        raise UsageError(
+            f"{processes} processes cannot share a batch of {groups} groups of images{in_parts}; accepted "
+            f"are the divisors of {groups // parts}"
+        )
+
+
 def default_processes(device: str, groups: int) -> int:
     """Return how many processes a training of `groups` groups of images gets here: one per GPU it can use."""
     if device == "cpu" or not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -124,13 +134,19 @@ def require_data(settings: Settings, root: Path) -> None:
         MscsError: a real dataset whose files do not fit its manifest.
     """
     data = settings.data
+    asked = {"train": data.train_images, "val": data.val_images, "image_size": data.image_size}
     if not root.is_dir():
         if data.source != "generated" or root != data_root(settings):
             raise UsageError(
                 f"no dataset in {root}; make or fetch it with `python -m reproduce run {data.name}` or "
                 "`mscs data --help`"
             )
-        _draw(data, root)
+        train, val = data.train_images, data.val_images
+        if train is None or val is None:
+            raise UsageError("generated data needs train_images and val_images")
+        from mscs.datasets.toy import write_dataset
+
+        write_dataset(data.name, root, train=train, val=val, image_size=data.image_size)
     marker = root / GENERATED
     made = read_mapping(marker) if marker.is_file() else None
     if (made is not None) != (data.source == "generated"):
@@ -144,21 +160,10 @@ def require_data(settings: Settings, root: Path) -> None:
 
         check_manifest(data.name, root)
         return
-    asked = {"train": data.train_images, "val": data.val_images, "image_size": data.image_size}
     for key, value in asked.items():
-        wanted = list(value) if isinstance(value, tuple) else value
-        found = made.get(key)
+        wanted, found = list(value) if isinstance(value, tuple) else value, made.get(key)
         if found != wanted:
             raise UsageError(
                 f"{root} was generated with {key} {found}, the settings of {settings.run} say {wanted}; "
                 f"make it anew with `python -m reproduce run {data.name}`, or name a folder with --data-root"
             )
-
-
-def _draw(data: Data, root: Path) -> None:
-    from mscs.datasets.toy import write_dataset
-
-    if data.train_images is None or data.val_images is None:
-        raise UsageError("generated data needs train_images and val_images")
-    size = data.image_size
-    write_dataset(data.name, root, train=data.train_images, val=data.val_images, image_size=size)

@@ -78,9 +78,8 @@ class UPerNetOptions(ModelOptions):
     pool_sizes: tuple[int, ...] = (1, 2, 3, 6)
     ppm_upsample_first: bool = True  # pool, upsample, convolve; False: pool, convolve, upsample
     dropout: float = 0.1
-    aux_index: int | str | None = (
-        "auto"  # stage that feeds the auxiliary head; auto: 2 for Swin, else no head
-    )
+    # stage that feeds the auxiliary head; auto: 2 for Swin, else no head
+    aux_index: int | str | None = "auto"
     aux_channels: int = 256
 
 

@@ -6,14 +6,12 @@ import resource
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mscs.distributed import World, is_lost_peer
 from mscs.errors import MscsError
@@ -42,7 +40,7 @@ class FiniteGuard:
     def __init__(self, world: World, folder: Path, seed: int):
         self._world, self._folder, self._seed = world, folder, seed
         self._first_bad = torch.full((), self._NEVER, dtype=torch.long, device=world.device)
-        self._recent: deque[tuple[int, list[str], dict[str, Tensor]]] = deque()
+        self._recent: dict[int, tuple[list[str], dict[str, Tensor]]] = {}
         self._eager = world.device.type == "cpu"
 
     def watch(self, batch: Batch, terms: dict[str, Tensor]) -> None:
@@ -50,7 +48,7 @@ class FiniteGuard:
         values = torch.stack([value.to(terms["loss"]) for value in terms.values()])
         bad = ~values.isfinite().all()
         self._first_bad = torch.where(bad, self._first_bad.clamp(max=batch.step), self._first_bad)
-        self._recent.append((batch.step, batch.ids, terms))
+        self._recent[batch.step] = batch.ids, terms
         if self._eager:
             self.check()
 
@@ -60,12 +58,12 @@ class FiniteGuard:
         A bad term makes everyone's gradient bad: a process whose own terms are sound names that one.
         """
         step = self._world.smallest(int(self._first_bad))
-        recent, self._recent = self._recent, deque()
-        for seen, ids, terms in recent:
-            if seen == step:
-                self._fail(step, ids, {name: float(value) for name, value in terms.items()})
+        recent, self._recent = self._recent, {}
+        if step in recent:
+            self._fail(step, *recent[step])
 
-    def _fail(self, step: int, ids: list[str], terms: dict[str, float]) -> None:
+    def _fail(self, step: int, ids: list[str], found: dict[str, Tensor]) -> None:
+        terms = {name: float(value) for name, value in found.items()}
         name = next((k for k in reversed(terms) if not math.isfinite(terms[k])), None)
         if name is None:
             raise MscsError(f"a term of the loss is not finite at step {step} on another process")
@@ -81,53 +79,30 @@ class FiniteGuard:
 
 
 class Progress:
-    """A bar on a terminal, quiet lines elsewhere, and nothing at all beside the main process."""
+    """Prints the log of the main process, with speed and memory since the last row."""
 
     def __init__(self, settings: Settings, seed: int, world: World, start: int):
-        self._schedule, self._device, self._begun = settings.schedule, world.device, time.perf_counter()
-        self._name, self._speaks = f"{settings.run} seed {seed}", world.is_main
+        self._schedule, self._world, self._begun = settings.schedule, world, time.perf_counter()
+        self._name = f"{settings.run} seed {seed}"
         self._last = (self._begun, start)
-        bar = self._speaks and sys.stderr.isatty()
-        self._bar = tqdm(
-            total=self._schedule.steps,
-            initial=start,
-            desc=self._name,
-            disable=not bar,
-            unit="step",
-            leave=False,
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
 
     @property
     def seconds(self) -> float:
         """Seconds since this start of the run."""
         return time.perf_counter() - self._begun
 
-    def advance(self) -> None:
-        """Count one step."""
-        self._bar.update()
-
     def show(self, row: Mapping[str, float]) -> None:
-        """Show one log row, with speed and memory since the last one."""
-        if not self._speaks:
-            return
+        """Print one log row."""
         now, step = time.perf_counter(), int(row["step"])
         steps_per_second = (step - self._last[1]) / max(now - self._last[0], 1e-9)
         self._last = (now, step)
         shown = {k: f"{v:.3g}" for k, v in row.items() if not k.startswith(HIDDEN)}
         shown["images/s"] = f"{steps_per_second * self._schedule.batch_size:.3g}"
-        shown["GiB"] = f"{peak_bytes(self._device) / 2**30:.3g}"
-        if not self._bar.disable:
-            self._bar.set_postfix(shown, refresh=False)
-            return
-        left = tqdm.format_interval((self._schedule.steps - step) / steps_per_second)
+        shown["GiB"] = f"{peak_bytes(self._world.device) / 2**30:.3g}"
         text = " ".join(f"{key} {value}" for key, value in shown.items())
-        print(f"{self._name} step {step}/{self._schedule.steps} {text} left {left}", flush=True)
+        left = timedelta(seconds=round((self._schedule.steps - step) / steps_per_second))
+        if self._world.is_main:
+            print(f"{self._name} step {step}/{self._schedule.steps} {text} left {left}", flush=True)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -138,27 +113,20 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-@dataclass
-class StopFlag:
-    """The signal that asked the training to stop; 0 for none."""
-
-    signum: int = 0
-
-
 @contextlib.contextmanager
-def signals() -> Iterator[StopFlag]:
-    """Turn SIGTERM and SIGINT into a flag; the processes agree on it at the end of a step."""
-    flag = StopFlag()
+def signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list; the processes agree on them at the end of a step."""
+    received: list[int] = []
 
     def remember(signum: int, _frame: object) -> None:
-        flag.signum = signum
+        received.append(signum)
 
     try:
         previous = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not in the main thread: the caller deals with signals
         previous = {}
     try:
-        yield flag
+        yield received
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -167,30 +135,32 @@ def signals() -> Iterator[StopFlag]:
 @contextlib.contextmanager
 def explained(settings: Settings, world: World) -> Iterator[None]:
     """Turn failures of the machine into what to do about them."""
-    again = "The same command goes on from the last checkpoint"
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise MscsError(
-            f"the GPU's memory does not hold {settings.schedule.batch_size // world.size} images per process "
-            f"({str(error).splitlines()[0]}) What helps: {'; '.join(memory_advice(settings, world.size))}"
-        ) from error
     except RuntimeError as error:
-        if world.size > 1 and is_lost_peer(error):
-            raise MscsError(
-                f"another process of this training was lost; its own message says why. {again}"
-            ) from error
-        if "DataLoader timed out" in str(error):
-            raise MscsError(
+        reason = str(error).partition("\n")[0]
+        again = "The same command goes on from the last checkpoint"
+        if isinstance(error, torch.OutOfMemoryError):
+            images = settings.schedule.batch_size // world.size
+            advice = "; ".join(memory_advice(settings, world.size))
+            said = (
+                f"the GPU's memory does not hold {images} images per process ({reason}) What helps: {advice}"
+            )
+        elif world.size > 1 and is_lost_peer(error):
+            said = f"another process of this training was lost; its own message says why. {again}"
+        elif "DataLoader timed out" in reason:
+            said = (
                 f"no batch came from the processes that read images for {STALLED_SECONDS} s: does the folder "
                 f"of the dataset hang (network disk)? {again}"
-            ) from error
-        if "DataLoader worker" in str(error):
-            raise MscsError(
-                f"a process that reads images died ({str(error).splitlines()[0]}). Where memory "
-                f"or /dev/shm is short, use fewer --workers. {again}"
-            ) from error
-        raise
+            )
+        elif "DataLoader worker" in reason:
+            said = (
+                f"a process that reads images died ({reason}). Where memory or /dev/shm is short, use fewer "
+                f"--workers. {again}"
+            )
+        else:
+            raise
+        raise MscsError(said) from error
 
 
 def memory_advice(settings: Settings, processes: int) -> list[str]:

@@ -4,14 +4,13 @@ A unit is a part of the code that can change a result, such as one architecture;
 when its results change. A run's identity holds these versions, never files or digests of files.
 """
 
-import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mscs.errors import UsageError
+from mscs.provenance import package_versions
+from mscs.results import read_yaml
 from mscs.settings import EMBEDDING_LOSSES, Phase
 
 FILE = Path("numerics.yaml")
@@ -21,16 +20,11 @@ PACKAGES = "packages"
 
 def load_numerics(path: Path = FILE) -> dict[str, Any]:
     """Return numerics.yaml as it stands; UsageError where it is missing or broken."""
-    try:
-        document = yaml.safe_load(path.read_text())
-        if isinstance(document["units"], dict):
-            return document
-        reason = "units is no mapping"
-    except FileNotFoundError:
-        raise UsageError(f"{path} not found in {Path.cwd()}; run from the project's root folder") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
-    raise UsageError(f"{path} cannot be used ({reason}); take it from git again: git checkout {path}")
+    remedy = f"take it from git again: git checkout {path}"
+    document = read_yaml(path, remedy)
+    if not isinstance(document, dict) or not isinstance(document.get("units"), dict):
+        raise UsageError(f"{path} has no mapping of units; {remedy}")
+    return document
 
 
 def units_of(settings: Mapping[str, Any]) -> dict[Phase, list[str]]:
@@ -48,51 +42,43 @@ def units_of(settings: Mapping[str, Any]) -> dict[Phase, list[str]]:
     }
 
 
-def versions(
-    settings: Mapping[str, Any], phase: Phase, numerics: Mapping[str, Any] | None = None
-) -> dict[str, int]:
+def versions(settings: Mapping[str, Any], phase: Phase, numerics: Mapping[str, Any]) -> dict[str, int]:
     """Return the version of every unit that `phase` ("train" or "evaluate") of a run uses.
 
     Raises UsageError where numerics.yaml lacks a unit, as after adding an architecture.
     """
-    units = (numerics or load_numerics())["units"]
-    used = units_of(settings)[phase]
-    missing = [name for name in used if name not in units]
-    if missing:
-        raise UsageError(
-            f"{FILE} has no unit {missing[0]!r}, which run {settings.get('run')} uses; "
-            "list it there under units and under files"
-        )
+    units, used = numerics["units"], units_of(settings)[phase]
+    for name in used:
+        if name not in units:
+            raise UsageError(
+                f"{FILE} has no unit {name!r}, which run {settings.get('run')} uses; "
+                "list it there under units and under files"
+            )
     return {name: units[name]["version"] for name in used}
 
 
-def installed_packages(names: Mapping[str, Any]) -> dict[str, str | None]:
+def installed_packages(names: Iterable[str]) -> dict[str, str | None]:
     """Return installed versions without their build's suffix (2.14.1+cpu is 2.14.1), None where missing."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    found = package_versions(names)
+    return {name: version and version.partition("+")[0] for name, version in found.items()}
 
 
-def check_packages(accept: bool, numerics: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Compare the installed packages with those that were last accepted.
+def check_packages(accept: bool, numerics: Mapping[str, Any] | None = None) -> dict[str, str | None]:
+    """Return the installed versions of the packages that count.
 
-    Returns both, by package, for the record of a run. Raises UsageError where they differ, unless `accept`.
+    Raises UsageError where they are not those last accepted, unless `accept`.
     """
     accepted = (numerics or load_numerics())["units"][PACKAGES]["accepted"]
     installed = installed_packages(accepted)
-    unknown = [name for name in accepted if installed[name] not in accepted[name]]
-    if unknown and not accept:
-        found = ", ".join(
-            f"{name} {installed[name] or 'not installed'} (accepted: {', '.join(accepted[name])})"
-            for name in unknown
-        )
+    found = ", ".join(
+        f"{name} {version or 'not installed'} (accepted: {', '.join(accepted[name])})"
+        for name, version in installed.items()
+        if version not in accepted[name]
+    )
+    if found and not accept:
         raise UsageError(
             f"these packages can change results and were never accepted: {found}. Install the accepted "
             "versions (make setup), use --accept-packages for this run alone, or accept them for all with "
             "`python -m reproduce accept packages`"
         )
-    return {"installed": installed, "accepted": dict(accepted)}
+    return installed

@@ -47,15 +47,14 @@ def build_optimizer(
     fused: bool = False,
 ) -> torch.optim.Optimizer:
     """Return SGD (momentum, no Nesterov), AdamW (betas 0.9, 0.999, no-decay group) or Adam."""
-    parameters = [(key, value) for key, value in named_parameters if value.requires_grad]
+    named = [(key, value) for key, value in named_parameters if value.requires_grad]
+    parameters = [value for _, value in named]
     if name == "sgd":
-        return torch.optim.SGD(
-            [p for _, p in parameters], lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused
-        )
+        return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=fused)
     if name == "adam":
-        return torch.optim.Adam([p for _, p in parameters], lr=lr, weight_decay=weight_decay, fused=fused)
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused)
     if name == "adamw":
-        return torch.optim.AdamW(adamw_groups(parameters, weight_decay), lr=lr, fused=fused)
+        return torch.optim.AdamW(adamw_groups(named, weight_decay), lr, fused=fused)
     raise ValueError(f"unknown optimizer {name!r}; accepted: sgd, adam, adamw")
 
 

@@ -6,45 +6,88 @@ overlay, then the profile's, then `--set` from the command line. For every value
 kept, so that `mscs show` can say where a number comes from.
 """
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from mscs.blocks import check_value, from_flat, keys
+from mscs.blocks import Block, check, flat_types, form, from_flat
 from mscs.errors import UsageError, unknown_name
 from mscs.numerics import FILE as NUMERICS
 from mscs.numerics import load_numerics, versions
-from mscs.settings import EMBEDDING_LOSSES, PHASES, Data, Evaluation, Loss, Model, Schedule, Settings
+from mscs.results import read_yaml
+from mscs.settings import (
+    EMBEDDING_LOSSES,
+    PHASES,
+    Data,
+    Evaluation,
+    Float,
+    Int,
+    Loss,
+    Model,
+    Name,
+    Schedule,
+    Settings,
+)
 
 PAPER_GROUPS = 4
 """Every row of the supplement was trained on four GPUs: unless said otherwise a batch is four groups."""
 
 OUR_CHOICE = "our choice"
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
-BLOCKS = ("datasets", "models", "losses", "schedules")
+NAMES = {"datasets": "dataset", "models": "model", "losses": "loss", "schedules": "schedule"}
+"""The blocks of the file, and the key by which a run names its entry of each."""
+
+COMPUTED = {"run", "profile", "recipe", "variant", "schedule", "dataset", "loss", "numerics"}
+"""Keys of the settings that no entry of the file holds."""
+IDENTITY = COMPUTED - {"recipe"} | {"model"}
+"""Keys that --set does not change."""
+
+
 OWNERS = {"datasets": (Data, Evaluation), "models": (Model,), "losses": (Loss,), "schedules": (Schedule,)}
 """Whose keys stand in which block of the file."""
 
-SECTIONS = ("profile", "recipe", "defaults", *BLOCKS, "recipes", "profiles", "runs")
-NAMES = {"datasets": "dataset", "models": "model", "losses": "loss", "schedules": "schedule"}
-"""The key by which a run names its entry of a block."""
 
-COMPUTED = {"run", "profile", "recipe", "variant", "schedule", "dataset", "loss", "numerics"}
-IDENTITY = COMPUTED - {"recipe"} | {"model"}
-REWRITES: dict[str, Any] = {
-    "backbone": dict[str, str],
-    "batch_size": dict[int, int],
-    "steps_factor": float,
-    "lr_factor": dict[str, float],
-}
+def _entry(*owners: type[Block], **further: Any) -> Any:
+    """Return the form of an entry: keys of these blocks of settings, and where the values come from."""
+    types = {key: hint for owner in owners for key, hint in flat_types(owner).items() if key not in COMPUTED}
+    return form(**types | further, sources=str | dict[str, str])
+
+
+def _each(accepted: Any, name: Any = Name) -> Any:
+    """Return the type of a mapping from names, which become part of paths and commands, to forms."""
+    return dict[name, accepted]
+
+
+def _overlay(**of_runs: Any) -> Any:
+    """Return the form of an overlay, whose entries may set anything; those of runs these keys too."""
+    by_pattern = _each(_entry(Settings), str)
+    rewrite = form(
+        backbone=dict[str, str], batch_size=dict[Int, Int], steps_factor=Float, lr_factor=dict[str, Float]
+    )
+    return form(
+        about=str,
+        includes=list[str],
+        defaults=_entry(Settings),
+        **dict.fromkeys(NAMES, by_pattern),
+        runs=_each(_entry(Settings, **of_runs), str),
+        rewrite=rewrite,
+    )
+
+
+_DOCUMENT = form(
+    profile=Any,
+    recipe=Any,
+    defaults=_entry(Settings),
+    **{block: _each(_entry(*owners)) for block, owners in OWNERS.items()},
+    runs=_each(_entry(Settings, **dict.fromkeys(NAMES.values(), str))),
+    recipes=_each(_overlay()),
+    profiles=_each(_overlay(dataset=str)),
+)
 
 
 @dataclass(frozen=True)
@@ -56,31 +99,58 @@ class Resolved:
     sources: Mapping[str, str]
 
 
+@dataclass
+class _Draft:
+    """Values by flat key and where they come from, while the layers are put on each other."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+    """Source of every model option: these add up."""
+
+    def put(self, key: str, value: Any, source: str) -> None:
+        """Take a value in the place of an earlier one."""
+        if key == "model_options" and isinstance(value, Mapping):
+            self.options |= dict.fromkeys(value, source)
+            value = {**self.values.get(key, {}), **value}
+            names: dict[str, list[str]] = {}
+            for name, origin in self.options.items():
+                names.setdefault(origin, []).append(name)
+            source = "; ".join(f"{', '.join(found)}: {origin}" for origin, found in names.items()) or source
+        self.values[key], self.sources[key] = value, source
+
+
 class Params:
     """The parsed params.yaml."""
 
     def __init__(self, document: Mapping[str, Any], path: str = "params.yaml"):
         self._path = path
-        _known(document, SECTIONS, path, "section")
-        missing = [name for name in SECTIONS if name not in document]
-        if missing:
-            raise UsageError(f"{path}: missing section {missing[0]!r}; needed: {', '.join(SECTIONS)}")
-        for section in ("profiles", "recipes", *BLOCKS, "runs"):
-            _check_names(_mapping(document[section], f"{path}: {section}"), f"{path}: {section}")
+        check(_DOCUMENT, document, path)
+        for section in _DOCUMENT.model_fields:
+            if section not in document:
+                raise UsageError(f"{path}: missing section {section!r}")
         for name in ("profile", "recipe"):
             _choice(name, document[name], document[f"{name}s"], path)
         self._document = document
         self.profile: str = document["profile"]
         self.recipe: str = document["recipe"]
-        for block in BLOCKS:
-            for name, entry in _mapping(document[block], f"{path}: {block}").items():
-                self._check_keys(entry, f"{block}.{name}", block)
-        self._check_keys(document["defaults"], "defaults")
-        for run, entry in _mapping(document["runs"], f"{path}: runs").items():
-            self._check_run(run, entry)
+        for run, entry in document["runs"].items():
+            where = f"{path}: runs.{run}"
+            for block, key in NAMES.items():
+                _choice(key, entry.get(key), document[block], where)
+            start = f"{entry['dataset']}-{entry['model']}-"
+            if not run.startswith(start):
+                raise UsageError(f"{where}: a run's id is <dataset>-<model>-<variant>, here '{start}...'")
         for family in ("profiles", "recipes"):
-            for name, overlay in _mapping(document[family], f"{path}: {family}").items():
-                self._check_overlay(overlay, f"{family}.{name}")
+            for name, overlay in document[family].items():
+                for block in (*NAMES, "runs"):
+                    for pattern, values in overlay.get(block, {}).items():
+                        where = f"{path}: {family}.{name}.{block}"
+                        if "dataset" in values:
+                            _choice("dataset", values["dataset"], document["datasets"], where)
+                        if not any(fnmatchcase(name, pattern) for name in document[block]):
+                            message = unknown_name(f"{block} entry", pattern, document[block])
+                            raise UsageError(f"{where}: {message}")
 
     @cached_property
     def _numerics(self) -> Mapping[str, Any]:
@@ -113,13 +183,8 @@ class Params:
         """Return id, dataset, model, backbone and variant of a run as the paper's profile has them."""
         entry = self._run(run)
         model = self._document["models"][entry["model"]]
-        return {
-            "run": run,
-            "dataset": entry["dataset"],
-            "model": model["model"],
-            "backbone": model["backbone"],
-            "variant": self._variant(run, entry),
-        }
+        names = {key: model[key] for key in ("model", "backbone")}
+        return {"run": run, "dataset": entry["dataset"], **names, "variant": self._variant(run, entry)}
 
     def run_model(self, run: str) -> str:
         """Return the name of the entry of `models` that a run uses."""
@@ -138,42 +203,34 @@ class Params:
         profile = profile or self.profile
         _choice("profile", profile, self._document["profiles"], self._path)
         _choice("recipe", recipe, self._document["recipes"], self._path)
-        _known(overrides, set(keys(Settings)) - IDENTITY, "--set", "key")
+        accepted = flat_types(Settings).keys() - IDENTITY
+        for key in overrides:
+            if key not in accepted:
+                raise UsageError(f"--set: {unknown_name('key', key, accepted)}")
         if run in self.runs and run not in self.runs_of(profile):
             raise UsageError(unknown_name(f"run of profile {profile}", run, self.runs_of(profile)))
         entry = self._entry(run, profile)
-        values: dict[str, Any] = {}
-        sources: dict[str, str] = {}
-        origins: dict[str, str] = {}
+        draft = _Draft()
         for layer, source in self._layers(entry, run, recipe, profile):
             notes = layer.get("sources", {})
             for key, value in layer.items():
-                if key in ("sources", "dataset") or (layer is entry and key in NAMES.values()):
-                    continue
-                note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
-                sources[key] = f"{note} ({source})"
-                if key == "model_options":  # they add up, each with its source
-                    origins |= dict.fromkeys(value, sources[key])
-                    value = {**values.get(key, {}), **value}
-                values[key] = value
-        self._rewrite(values, sources, profile, entry["schedule"])
-        if isinstance(overrides.get("model_options"), Mapping):
-            origins |= dict.fromkeys(overrides["model_options"], "--set")
-            overrides["model_options"] = {**values.get("model_options", {}), **overrides["model_options"]}
-        values |= overrides
-        sources |= dict.fromkeys(overrides, "--set")
-        if origins:
-            sources["model_options"] = _by_origin(origins)
-        own = {key: entry[key] for key in ("dataset", "loss", "schedule")}
-        own |= {"run": run, "variant": self._variant(run, self._run(run))}
-        values |= {**own, "profile": profile, "recipe": recipe}
-        sources |= dict.fromkeys(own, f"params.yaml, runs.{run}")
-        sources |= {"profile": "params.yaml, profile", "recipe": f"{recipe_source}: {self.about(recipe)}"}
+                if key not in ("sources", "dataset") and not (layer is entry and key in NAMES.values()):
+                    note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
+                    draft.put(key, value, f"{note} ({source})")
+        self._rewrite(draft, profile, entry["schedule"])
+        for key, value in overrides.items():
+            draft.put(key, value, "--set")
+        for key in ("dataset", "loss", "schedule"):
+            draft.put(key, entry[key], f"params.yaml, runs.{run}")
+        draft.put("run", run, f"params.yaml, runs.{run}")
+        draft.put("variant", self._variant(run, self._run(run)), f"params.yaml, runs.{run}")
+        draft.put("profile", profile, "params.yaml, profile")
+        draft.put("recipe", recipe, f"{recipe_source}: {self.about(recipe)}")
         where = f"{self._path}: run {run}"
-        _complete(values, sources, overrides, where)
-        values["numerics"] = {phase: versions(values, phase, self._numerics) for phase in PHASES}
-        sources["numerics"] = f"{NUMERICS}: versions of the code that the run uses"
-        return Resolved(from_flat(Settings, values, where), values, sources)
+        _complete(draft, overrides, where)
+        found = {phase: versions(draft.values, phase, self._numerics) for phase in PHASES}
+        draft.put("numerics", found, f"{NUMERICS}: versions of the code that the run uses")
+        return Resolved(from_flat(Settings, draft.values, where), draft.values, draft.sources)
 
     def _layers(
         self, entry: Mapping[str, Any], run: str, recipe: str, profile: str
@@ -181,36 +238,34 @@ class Params:
         """Yield (values, source) from weakest to strongest."""
         yield self._document["defaults"], "defaults"
         names = {block: entry[key] for block, key in NAMES.items()}
-        for block in BLOCKS:
-            yield self._document[block][names[block]], f"{block}.{names[block]}"
+        for block, name in names.items():
+            yield self._document[block][name], f"{block}.{name}"
         yield entry, f"runs.{run}"
         for family, chosen in (("recipes", recipe), ("profiles", profile)):
             overlay = self._document[family][chosen]
             yield overlay.get("defaults", {}), f"{family}.{chosen}"
-            for block in (*BLOCKS, "runs"):
-                name = run if block == "runs" else names[block]
+            for block, name in {**names, "runs": run}.items():
                 for pattern, values in overlay.get(block, {}).items():
                     if fnmatchcase(name, pattern):
                         yield values, f"{family}.{chosen}.{block}.{pattern}"
 
-    def _rewrite(self, values: dict[str, Any], sources: dict[str, str], profile: str, schedule: str) -> None:
+    def _rewrite(self, draft: _Draft, profile: str, schedule: str) -> None:
         """Apply the profile's rules that map the paper's values to others: editing those still counts."""
         rules = self._document["profiles"][profile].get("rewrite", {})
         source = f"profiles.{profile}.rewrite"
+        values = draft.values
         for key in ("backbone", "batch_size"):
             if values.get(key) in rules.get(key, {}):
-                values[key] = rules[key][values[key]]
-                sources[key] = f"{OUR_CHOICE} ({source})"
+                draft.put(key, rules[key][values[key]], f"{OUR_CHOICE} ({source})")
         factors = {"steps": rules.get("steps_factor", 1)}
         for pattern, factor in rules.get("lr_factor", {}).items():
             if fnmatchcase(schedule, pattern):
                 factors["lr"] = factor
         for key, factor in factors.items():
             if factor != 1 and isinstance(values.get(key), int | float):
-                values[key] *= factor
-                sources[key] += f", times {factor} ({OUR_CHOICE}, {source})"
-        if isinstance(values.get("steps"), float):
-            values["steps"] = max(1, round(values["steps"]))
+                value = values[key] * factor
+                note = f"{draft.sources[key]}, times {factor} ({OUR_CHOICE}, {source})"
+                draft.put(key, max(1, round(value)) if key == "steps" else value, note)
 
     def _entry(self, run: str, profile: str) -> Mapping[str, Any]:
         """Return the entry of a run, with the dataset that the profile puts in the place of the paper's."""
@@ -229,70 +284,40 @@ class Params:
     def _variant(run: str, entry: Mapping[str, Any]) -> str:
         return run.removeprefix(f"{entry['dataset']}-{entry['model']}-")
 
-    def _check_keys(
-        self, entry: Any, where: str, block: str | None = None, also: set[str] | None = None
-    ) -> None:
-        where = f"{self._path}: {where}"
-        owners = OWNERS[block] if block else (Settings,)
-        accepted = {key for owner in owners for key in keys(owner)}
-        _known(_mapping(entry, where), accepted - COMPUTED | {"sources"} | (also or set()), where, "key")
-        for key, value in entry.items():
-            if key != "sources" and key not in (also or ()):
-                check_value(Settings, key, value, where)
 
-    def _check_overlay(self, overlay: Any, where: str) -> None:
-        accepted = ("about", "includes", "defaults", *BLOCKS, "runs", "rewrite")
-        _known(_mapping(overlay, f"{self._path}: {where}"), accepted, f"{self._path}: {where}", "section")
-        self._check_keys(overlay.get("defaults", {}), f"{where}.defaults")
-        for block in (*BLOCKS, "runs"):
-            for pattern, values in overlay.get(block, {}).items():
-                if not any(fnmatchcase(name, pattern) for name in self._document[block]):
-                    message = unknown_name(f"{block} entry", pattern, self._document[block])
-                    raise UsageError(f"{self._path}: {where}.{block}: {message}")
-                replaces = {"dataset"} if block == "runs" and where.startswith("profiles.") else set()
-                self._check_keys(values, f"{where}.{block}.{pattern}", also=replaces)
-                if "dataset" in values:
-                    _choice(
-                        "dataset", values["dataset"], self._document["datasets"], f"{self._path}: {where}"
-                    )
-        rules = overlay.get("rewrite", {})
-        _known(rules, REWRITES, f"{self._path}: {where}.rewrite", "rule")
-        for rule, value in rules.items():
-            try:
-                TypeAdapter(REWRITES[rule], config=ConfigDict(strict=True)).validate_python(value)
-            except ValidationError as error:
-                raise UsageError(
-                    f"{self._path}: {where}.rewrite.{rule}: found {value!r}; {error.errors()[0]['msg']}"
-                ) from None
+def _choice(key: str, value: Any, accepted: Any, where: str) -> None:
+    if not isinstance(value, str) or value not in accepted:
+        raise UsageError(f"{where}: {unknown_name(key, value, accepted)}")
 
-    def _check_run(self, run: str, entry: Any) -> None:
-        where = f"{self._path}: runs.{run}"
-        self._check_keys(entry, f"runs.{run}", also=set(NAMES.values()))
-        for block, key in NAMES.items():
-            if key not in entry:
-                raise UsageError(f"{where}: missing key {key!r} (names an entry of {block})")
-            _choice(f"{key}", entry[key], self._document[block], where)
-        if not run.startswith(f"{entry['dataset']}-{entry['model']}-"):
+
+def _complete(draft: _Draft, overrides: Mapping[str, Any], where: str) -> None:
+    """Fill what follows from other values: groups of images, and the scales that the model really has."""
+    values = draft.values
+    if values.get("images_per_group") is None and isinstance(values.get("batch_size"), int):
+        images, rest = divmod(values["batch_size"], PAPER_GROUPS)
+        if rest:
             raise UsageError(
-                f"{where}: a run's id is <dataset>-<model>-<variant>, "
-                f"here '{entry['dataset']}-{entry['model']}-...'"
+                f"{where}: batch_size {values['batch_size']} is not a multiple of the paper's {PAPER_GROUPS} "
+                "groups; set images_per_group too, to a divisor of it"
             )
+        draft.put("images_per_group", images, f"batch_size / {PAPER_GROUPS}: the paper's images per GPU")
+    if not any(values.get(loss) for loss in EMBEDDING_LOSSES) and "projector" not in overrides:
+        values["projector"] = None  # it would train on nothing
+    maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
+    reading = f"our reading for {maps} maps (ledger: fewer-maps):"
+    weights, pairs = values.get("scale_weights", []), values.get("cross_pairs", [])
+    if "scale_weights" not in overrides and len(weights) > maps:
+        draft.put("scale_weights", weights[:maps], f"{reading} the first printed weights")
+    # the pairs name four maps; with fewer the coarse end of a pair moves along, and may fall together
+    moved = [[fine, coarse - 4 + maps] for fine, coarse in pairs]
+    if "cross_pairs" not in overrides and maps and moved != pairs:
+        kept = [pair for pair in moved if pair[1] > pair[0]]
+        draft.put("cross_pairs", kept, f"{reading} the finest with the coarsest")
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Read and validate params.yaml; raise UsageError with file, key and remedy."""
-    path = Path(path)
-    try:
-        document = yaml.load(path.read_text(), Loader=_Loader)
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path} not found in {Path.cwd()}; run from the project's root folder or name it with --params"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {_one_line(error)}") from None
-    return Params(_mapping(document, str(path)), str(path))
+    return Params(read_yaml(path, "name it with --params"), str(path))
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
@@ -305,79 +330,6 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         try:
             overrides[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair!r}: the value is not valid YAML: {_one_line(error)}") from None
+            said = " ".join(str(error).split())
+            raise UsageError(f"--set {pair!r}: the value is not valid YAML: {said}") from None
     return overrides
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML without doubled keys, of which the last would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        double = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if double is not None:
-            raise yaml.YAMLError(f"key {double!r} stands twice in one mapping{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _by_origin(origins: Mapping[str, str]) -> str:
-    """Return 'a, b: origin; c: other' for the origins of a, b and c."""
-    names: dict[str, list[str]] = {}
-    for name, origin in origins.items():
-        names.setdefault(origin, []).append(name)
-    return "; ".join(f"{', '.join(found)}: {origin}" for origin, found in names.items())
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: expected a mapping of names to values, found {value!r}")
-    return value
-
-
-def _check_names(found: Mapping[Any, Any], where: str) -> None:
-    """Refuse names that could mean something to a shell or lead out of a folder."""
-    for name in found:
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UsageError(f"{where}: found the name {name!r}; accepted are letters, digits, _ and -")
-
-
-def _known(found: Mapping[str, Any], accepted: Any, where: str, kind: str) -> None:
-    for key in found:
-        if key not in accepted:
-            raise UsageError(f"{where}: {unknown_name(kind, key, accepted)}")
-
-
-def _choice(key: str, value: Any, accepted: Any, where: str) -> None:
-    if not isinstance(value, str) or value not in accepted:
-        raise UsageError(f"{where}: {unknown_name(key, value, accepted)}")
-
-
-def _complete(
-    values: dict[str, Any], sources: dict[str, str], overrides: Mapping[str, Any], where: str
-) -> None:
-    """Fill what follows from other values: groups of images, and the scales that the model really has."""
-    if values.get("images_per_group") is None and isinstance(values.get("batch_size"), int):
-        if values["batch_size"] % PAPER_GROUPS:
-            raise UsageError(
-                f"{where}: batch_size {values['batch_size']} is not a multiple of the paper's {PAPER_GROUPS} "
-                "groups; set images_per_group too, to a divisor of it"
-            )
-        values["images_per_group"] = values["batch_size"] // PAPER_GROUPS
-        sources["images_per_group"] = f"batch_size / {PAPER_GROUPS}: the paper's images per GPU"
-    if not any(values.get(loss) for loss in EMBEDDING_LOSSES) and "projector" not in overrides:
-        values["projector"] = None  # it would train on nothing
-    maps = 1 if values.get("projector") == "concat" else values.get("feature_maps", 0)
-    reading = f"our reading for {maps} maps (ledger: fewer-maps):"
-    if "scale_weights" not in overrides and len(values.get("scale_weights", ())) > maps:
-        values["scale_weights"] = list(values["scale_weights"])[:maps]
-        sources["scale_weights"] = f"{reading} the first printed weights"
-    if "cross_pairs" not in overrides and maps and "cross_pairs" in values:
-        # the pairs name four maps; with fewer the coarse end of a pair moves along, and may fall together
-        moved = [[fine, coarse - 4 + maps] for fine, coarse in values["cross_pairs"]]
-        if moved != values["cross_pairs"]:
-            values["cross_pairs"] = [pair for pair in moved if pair[1] > pair[0]]
-            sources["cross_pairs"] = f"{reading} the finest with the coarsest"

@@ -1,7 +1,5 @@
 """Where everything lies: data, checkpoints, weights and results of a profile, of a run, of one seed."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +18,17 @@ RESULTS = Path("results")
 DATA_KEYS = ("data_source", "task", "image_size", "train_images", "val_images")
 
 
-@dataclass(frozen=True)
 class SeedFiles:
     """The files of one run and seed. `folder` is the run's id, with a digest where settings were changed."""
 
-    profile: str
-    folder: str
-    seed: int
-
-    @property
-    def weights(self) -> Path:
-        """Final weights."""
-        return self.work / "weights" / f"seed-{self.seed}.safetensors"
-
-    @property
-    def work(self) -> Path:
-        """Folder of the run's weights and logs."""
-        return WORK / self.profile / "runs" / self.folder
-
-    @property
-    def results(self) -> Path:
-        """Folder of the seed's results."""
-        return RESULTS / self.profile / "runs" / self.folder / f"seed-{self.seed}"
-
-    @property
-    def record(self) -> Path:
-        """What the training was made with."""
-        return self.results / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        """Deterministic outcome of the training."""
-        return self.results / "train.json"
-
-    @property
-    def losses(self) -> Path:
-        """Loss terms over the steps."""
-        return self.results / "losses.csv"
-
-    @property
-    def evaluation(self) -> Path:
-        """Scores."""
-        return self.results / "evaluation.json"
+    def __init__(self, profile: str, folder: str, seed: int):
+        self.work = WORK / profile / "runs" / folder
+        self.results = RESULTS / profile / "runs" / folder / f"seed-{seed}"
+        self.weights = self.work / "weights" / f"seed-{seed}.safetensors"
+        self.record = self.results / "run.json"  # what the training was made with
+        self.metrics = self.results / "train.json"  # its outcome, without times and machines
+        self.losses = self.results / "losses.csv"  # loss terms over the steps
+        self.evaluation = self.results / "evaluation.json"  # scores
 
 
 def checkpoint_folder(settings: Settings, seed: int) -> Path:
@@ -94,8 +61,7 @@ def resolve_all(params: Params, profile: str) -> dict[str, Any]:
         flat = settings.flat()
         datasets.setdefault(settings.data.name, {key: flat[key] for key in DATA_KEYS})
         by_phase = {phase: settings.identity(phase) for phase in PHASES}
-        decisive = {key for identity in by_phase.values() for key in identity}
-        info = {key: value for key, value in flat.items() if key not in decisive}
+        info = {key: value for key, value in flat.items() if not any(key in x for x in by_phase.values())}
         runs[run] = {"info": info, **by_phase}
     return {"datasets": datasets, "runs": runs}
 
@@ -104,17 +70,16 @@ def read_resolved(path: Path, run: str) -> Settings:
     """Return one run's settings from a resolved.json."""
     remedy = "make it anew with `python -m reproduce resolve`"
     try:
-        found: Mapping[str, Mapping[str, Any]] = read_json(path)["runs"]
+        found = read_json(path)["runs"]
         if run not in found:
             raise UsageError(f"{path} has no run {run!r}; {remedy}")
         values = {key: value for part in found[run].values() for key, value in part.items()}
         values["numerics"] = {phase: found[run][phase]["numerics"] for phase in PHASES}
-        if values.get("run") != run:
-            raise UsageError(
-                f"{path}: the block {run!r} holds the settings of {values.get('run')!r}; {remedy}"
-            )
-        return from_flat(Settings, values, str(path))
+        name = values["run"]
+    except UsageError:
+        raise
     except (MscsError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise UsageError(f"{path} holds no resolved settings ({error}); {remedy}") from None
+    if name != run:
+        raise UsageError(f"{path}: the block {run!r} holds the settings of {name!r}; {remedy}")
+    return from_flat(Settings, values, str(path))

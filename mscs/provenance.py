@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changed)}
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide results."""
-    versions = {}
-    for name in PACKAGES:
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Return installed versions, None where missing; by default of the packages that decide results."""
+    versions: dict[str, str | None] = {}
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue
+            versions[name] = None
     return versions
 
 
@@ -51,17 +52,19 @@ def environment_digest() -> str:
 
 def machine() -> dict[str, Any]:
     """Return operating system, processor and, where PyTorch is loaded, the GPUs it sees."""
+    lines = _lines(Path("/proc/cpuinfo"))
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     facts: dict[str, Any] = {
         "os": platform.platform(),
         "python": platform.python_version(),
-        "cpu": _processor(),
+        "cpu": models[0] if models else platform.processor(),
         "cpus": os.cpu_count(),
     }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         facts["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         facts["cuda"] = torch.version.cuda
-        facts["driver"] = _first_line(Path("/proc/driver/nvidia/version"))
+        facts["driver"] = next(iter(_lines(Path("/proc/driver/nvidia/version"))), None)
     return facts
 
 
@@ -70,7 +73,7 @@ def record(**facts: Any) -> dict[str, Any]:
     return {
         **facts,
         "git": git_state(),
-        "packages": package_versions(),
+        "packages": {name: found for name, found in package_versions().items() if found},
         "environment": environment_digest(),
         "machine": machine(),
         "image": os.environ.get("MSCS_IMAGE"),
@@ -83,20 +86,9 @@ def utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def _output(command: list[str]) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _first_line(path: Path) -> str | None:
-    try:
-        return path.read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return None
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

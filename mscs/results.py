@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mscs.errors import MscsError
+import yaml
+
+from mscs.errors import MscsError, UsageError
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -102,6 +104,31 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MscsError(f"{path} holds no JSON object")
     return value
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML without doubled keys, of which the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        double = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if double is not None:
+            raise yaml.YAMLError(f"key {double!r} stands twice in one mapping{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path, remedy: str) -> Any:
+    """Read a YAML file that a person edits; a missing or broken one is a UsageError naming it."""
+    path = Path(path)
+    try:
+        return yaml.load(path.read_text(), Loader=_Loader)
+    except FileNotFoundError:
+        place = f"{path} not found in {Path.cwd()}; run from the project's root folder"
+        raise UsageError(f"{place} or {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

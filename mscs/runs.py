@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mscs import build
-from mscs.checkpoint import differences, file_digest, lock, prune, read_header, save_weights
+from mscs.checkpoint import differences, lock, prune, read_header, save_weights
 from mscs.datasets.base import MANIFEST
 from mscs.datasets.spec import GENERATED
 from mscs.distributed import World, barrier
 from mscs.errors import MscsError
 from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
-from mscs.job import Job, check_processes
+from mscs.job import Job
 from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
 from mscs.provenance import record, utc
-from mscs.results import read_json, read_mapping, write_csv, write_json
+from mscs.results import file_sha256, read_mapping, write_csv, write_json
 from mscs.settings import Settings
 from mscs.train import Trainer
 
@@ -30,7 +30,6 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
     pipeline did not record its stage, they are made again in seconds.
     """
     settings, files = job.settings, job.files(seed)
-    check_processes(settings, world.size)
     if not job.fresh and is_trained(settings, seed, files):
         return False
     build.apply_machine_settings(settings)
@@ -40,8 +39,9 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
         if world.is_main:
             held.enter_context(lock(files.work / f"seed-{seed}.lock"))
             _tell_of_others(checkpoints, settings)
-        if job.fresh:
-            remove_checkpoints(checkpoints, world)
+            if job.fresh:
+                prune(checkpoints, keep=0)
+        barrier()
         trainer = Trainer(
             settings,
             seed,
@@ -96,20 +96,17 @@ def evaluate_seed(
     if world.is_main:
         write_json(folder / "evaluation.json", record)
         write_json(folder / "confusion.json", {name: nonzero(m) for name, m in matrices.items()})
-    if checkpoint is None:
-        remove_checkpoints(checkpoint_folder(settings, seed), world)
+        if checkpoint is None:
+            prune(checkpoint_folder(settings, seed), keep=0)
     return record
 
 
 def is_trained(settings: Settings, seed: int, files: SeedFiles) -> bool:
     """Return whether all files of a seed's training are there, made under these very settings."""
-    if not all(path.exists() for path in (files.weights, files.record, files.losses, files.metrics)):
-        return False
-    try:
+    with contextlib.suppress(MscsError):
         check_weights(settings, seed, files)
-    except MscsError:
-        return False
-    return True
+        return all(path.exists() for path in (files.record, files.losses, files.metrics))
+    return False
 
 
 def check_weights(settings: Settings, seed: int, files: SeedFiles) -> None:
@@ -123,15 +120,15 @@ def check_weights(settings: Settings, seed: int, files: SeedFiles) -> None:
             f"{files.weights} holds weights of other settings, another seed or another version of the code; "
             f"{retrain}"
         )
-    if files.record.exists() and read_mapping(files.record).get("weights") != file_digest(files.weights):
+    if files.record.exists() and read_mapping(files.record).get("weights") != file_sha256(files.weights):
         raise MscsError(
             f"{files.weights} is not the file that {files.record} tells of (damaged or exchanged); {retrain}"
         )
 
 
 def _header(settings: Settings, seed: int) -> dict[str, Any]:
-    numerics = settings.identity("train")["numerics"]
-    return {"run": settings.run, "seed": seed, "digest": settings.digest(), "numerics": numerics}
+    digest, numerics = settings.digest(), dict(settings.numerics["train"])
+    return {"run": settings.run, "seed": seed, "digest": digest, "numerics": numerics}
 
 
 def _tell_of_others(checkpoints: Path, settings: Settings) -> None:
@@ -142,25 +139,20 @@ def _tell_of_others(checkpoints: Path, settings: Settings) -> None:
         if folder == checkpoints.parent or newest is None:
             continue
         with contextlib.suppress(MscsError, KeyError, TypeError, AttributeError):  # a damaged one is no news
-            changes = differences(read_json(newest)["settings"], settings.identity("train"))
+            changes = differences(read_mapping(newest)["settings"], settings.identity("train"))
             print(f"{settings.run}: an interrupted training, with other settings ({changes}), is in {folder}")
-
-
-def remove_checkpoints(folder: Path, world: World) -> None:
-    """Remove what was saved, and the unfinished files of saves that were killed."""
-    if world.is_main:
-        prune(folder, keep=0)
-    barrier()
 
 
 def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
     settings, world, sessions = trainer.settings, trainer.world, trainer.sessions
     on_gpu = world.device.type == "cuda"
+    root = trainer.dataset.root
+    manifest, marker = root / MANIFEST, root / GENERATED
     return {
         "settings": settings.flat(),
         "digest": settings.digest(),
         "seed": trainer.seed,
-        "weights": file_digest(files.weights),
+        "weights": file_sha256(files.weights),
         "precision": settings.machine.precision,
         "world_size": world.size,
         "started": utc(min(session["started"] for session in sessions)),
@@ -168,18 +160,12 @@ def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
         "gpu_hours": sum(s["seconds"] * s["world_size"] for s in sessions) / 3600 if on_gpu else None,
         "peak_bytes": peak_bytes(world.device),
         "sessions": sessions,
-        "data": _data_facts(trainer.dataset.root),
+        "data": {
+            "root": str(root),
+            "digest": read_mapping(manifest)["digest"] if manifest.is_file() else None,
+            "generated": read_mapping(marker) if marker.is_file() else None,
+        },
         "pretrained_weights": pretrained_record(settings.model.backbone, settings.model.pretrained),
-    }
-
-
-def _data_facts(root: Path) -> dict[str, Any]:
-    """Return where the data lay, its manifest's digest, and how it was generated, if it was."""
-    manifest, marker = root / MANIFEST, root / GENERATED
-    return {
-        "root": str(root),
-        "digest": read_json(manifest)["digest"] if manifest.is_file() else None,
-        "generated": read_json(marker) if marker.is_file() else None,
     }
 
 

@@ -6,27 +6,13 @@ and a learning-rate schedule each declare a block of their own (see `mscs.blocks
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool, model_validator
 
-from mscs.blocks import (
-    EVALUATE,
-    NOTHING,
-    TRAIN,
-    Block,
-    Count,
-    Float,
-    Index,
-    Int,
-    Name,
-    Ratio,
-    Share,
-    Side,
-    Weight,
-    blocks_in,
-)
+from mscs.blocks import BOTH, EVALUATE, NOTHING, TRAIN, Block, blocks_in
 from mscs.datasets import DATASETS
 from mscs.errors import UsageError, unknown_name
 from mscs.model_options import MODEL_OPTIONS
@@ -34,25 +20,44 @@ from mscs.model_options import MODEL_OPTIONS
 Phase = Literal["train", "evaluate"]
 PHASES: tuple[Phase, ...] = ("train", "evaluate")
 
-
-def _dataset(value: str) -> str:
-    return _known("dataset", value, DATASETS)
+_NUMBER = re.compile(r"[-+]?[0-9]+([.][0-9]*)?[eE][-+]?[0-9]+")
 
 
-def _model(value: str) -> str:
-    return _known("model", value, MODEL_OPTIONS)
+def _number(value: Any) -> Any:
+    """Read 1e-3, which YAML takes for text because it has no point."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
+        return value
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
-def _known(kind: str, value: str, accepted: Mapping[str, Any] | tuple[str, ...]) -> str:
-    if value not in accepted:
-        raise ValueError(unknown_name(kind, value, accepted))
-    return value
+def _one_of(kind: str, accepted: Mapping[str, Any]) -> AfterValidator:
+    """Return what refuses other names than the accepted ones, naming the nearest."""
+
+    def check(value: str) -> str:
+        if value not in accepted:
+            raise ValueError(unknown_name(kind, value, accepted))
+        return value
+
+    return AfterValidator(check)
+
+
+Flag = StrictBool
+Int = Annotated[int, Strict(), BeforeValidator(_number)]
+Float = Annotated[float, Strict(), BeforeValidator(_number)]
+Index = Annotated[Int, Field(ge=0)]
+Count = Annotated[Int, Field(ge=1)]
+Side = Annotated[Int, Field(ge=16)]
+Weight = Annotated[Float, Field(ge=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+Ratio = Annotated[Float, Field(ge=0.01, le=100)]
+Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
+"""Of what becomes part of paths and commands."""
 
 
 class Augmentation(Block):
     """Training transforms, in the order of `mscs.transforms.TrainTransform`."""
 
-    affects = TRAIN
     hflip: Share
     scale_range: tuple[Ratio, Ratio] | None
     scale_base: Literal["native"] | Count
@@ -64,15 +69,16 @@ class Augmentation(Block):
 class Data(Block):
     """Which images, and how they are shown to a network that trains."""
 
-    name: Annotated[str, BeforeValidator(_dataset)] = Field(alias="dataset")
+    affects = BOTH
+    name: Annotated[str, _one_of("dataset", DATASETS)] = Field(alias="dataset")
     task: Annotated[Int, Field(ge=1, le=3)] | None
     source: Literal["real", "generated"] = Field(alias="data_source")
-    skip_wrong_labels: bool
+    skip_wrong_labels: Flag
     image_size: tuple[Side, Side] | None
     train_images: Count | None
     val_images: Count | None
     reflect_pad: tuple[Index, Index]
-    class_weighted: Annotated[bool, TRAIN]
+    class_weighted: Annotated[Flag, TRAIN]
     augmentation: Augmentation
     train_split: Annotated[str, TRAIN] = "train"
     score_split: Annotated[str, EVALUATE] = "val"
@@ -112,7 +118,7 @@ class Evaluation(Block):
     modes: tuple[Literal["ss", "ms"], ...] = Field(alias="evaluation")
     short_side: Count | None
     pad_multiple: Count | None
-    score_padding: bool
+    score_padding: Flag
     absent_classes: Literal["zero", "skip"]
     multi_scale: MultiScale | None
 
@@ -120,24 +126,18 @@ class Evaluation(Block):
 class Model(Block):
     """Network and backbone; what the training puts on top of them."""
 
-    name: Annotated[str, BeforeValidator(_model)] = Field(alias="model")
+    affects = BOTH
+    name: Annotated[str, _one_of("model", MODEL_OPTIONS)] = Field(alias="model")
     backbone: str
     options: Mapping[str, Any] = Field(alias="model_options")
-    pretrained: Annotated[bool | str, TRAIN]
+    pretrained: Annotated[Flag | str, TRAIN]
     feature_maps: Annotated[Int, Field(ge=1, le=4), TRAIN]
     aux_weight: Annotated[Weight, TRAIN]
-
-    @model_validator(mode="after")
-    def _check_options(self) -> "Model":
-        for option in self.options:
-            _known(f"option of model {self.name!r}", option, vars(MODEL_OPTIONS[self.name]))
-        return self
 
 
 class Contrastive(Block):
     """The multi-scale and cross-scale contrastive loss, Eq. (5)."""
 
-    affects = TRAIN
     contrastive: Literal[True]
     scale_weights: tuple[Weight, ...]
     cross_pairs: tuple[tuple[Index, Index], ...]
@@ -154,7 +154,6 @@ class Contrastive(Block):
 class Loss(Block):
     """What is added to the cross-entropy: one block per loss on embeddings, None where a run does without."""
 
-    affects = TRAIN
     name: Name = Field(alias="loss")
     projector: Literal["backbone", "fpn", "concat"] | None
     contrastive: Contrastive | None
@@ -167,29 +166,19 @@ EMBEDDING_LOSSES = tuple(name for name, info in Loss.model_fields.items() if blo
 class Sgd(Block):
     """Stochastic gradient descent with momentum."""
 
-    affects = TRAIN
     name: Literal["sgd"] = Field(alias="optimizer")
     momentum: Share
 
 
-class AdamW(Block):
-    """AdamW, with Swin's parameters that are not decayed."""
-
-    affects = TRAIN
-    name: Literal["adamw"] = Field(alias="optimizer")
-
-
 class Adam(Block):
-    """Adam."""
+    """Adam, or AdamW with Swin's parameters that are not decayed."""
 
-    affects = TRAIN
-    name: Literal["adam"] = Field(alias="optimizer")
+    name: Literal["adam", "adamw"] = Field(alias="optimizer")
 
 
 class Poly(Block):
     """Polynomial decay to zero."""
 
-    affects = TRAIN
     name: Literal["poly"] = Field(alias="lr_schedule")
     poly_power: Weight
 
@@ -197,7 +186,6 @@ class Poly(Block):
 class Linear(Block):
     """Linear decay to zero after a linear warm-up."""
 
-    affects = TRAIN
     name: Literal["linear"] = Field(alias="lr_schedule")
     warmup_steps: Index
 
@@ -205,7 +193,6 @@ class Linear(Block):
 class Exponential(Block):
     """Exponential decay per epoch."""
 
-    affects = TRAIN
     name: Literal["exp"] = Field(alias="lr_schedule")
     exp_decay: Share
 
@@ -213,12 +200,11 @@ class Exponential(Block):
 class Schedule(Block):
     """One row of the supplement's Tables 4 to 7: crop, optimizer, learning rate, batch, steps."""
 
-    affects = TRAIN
     name: Annotated[Name, NOTHING] = Field(alias="schedule")
     crop_size: tuple[Side, Side]
-    optimizer: Sgd | AdamW | Adam
+    optimizer: Sgd | Adam = Field(discriminator="name")
     lr: Weight
-    lr_schedule: Poly | Linear | Exponential
+    lr_schedule: Poly | Linear | Exponential = Field(discriminator="name")
     weight_decay: Weight
     batch_size: Count
     images_per_group: Count
@@ -235,11 +221,12 @@ class Schedule(Block):
 class Machine(Block):
     """How the numbers are computed; what only concerns speed and logs changes no result."""
 
+    affects = BOTH
     precision: Literal["fp64", "fp32", "bf16", "fp16"]
-    tf32: bool
-    channels_last: bool
-    compile: bool
-    deterministic: bool
+    tf32: Flag
+    channels_last: Flag
+    compile: Flag
+    deterministic: Flag
     threads: Annotated[Count | None, NOTHING]
     log_every: Annotated[Count, NOTHING]
     checkpoint_every: Annotated[Count, NOTHING]
@@ -251,6 +238,7 @@ class Settings(Block):
     `numerics` holds the versions of the code units that the run uses (see numerics.yaml), by phase.
     """
 
+    affects = BOTH
     run: Name
     profile: Name
     recipe: Annotated[Name, NOTHING]
@@ -287,14 +275,17 @@ class Settings(Block):
 
 def _contradictions(settings: Settings) -> Iterator[str]:
     """Yield what is wrong with values that are possible one by one."""
+    options = vars(MODEL_OPTIONS[settings.model.name])
+    for option in settings.model.options:
+        if option not in options:
+            yield unknown_name(f"option of model {settings.model.name!r}", option, options)
     for name, values in (("seeds", settings.seeds), ("evaluation", settings.evaluation.modes)):
         if not values or len(set(values)) < len(values):
             yield f"{name}: found {list(values)}, expected at least one item and none twice"
     shown = settings.data.augmentation
     for name, span in (("scale_range", shown.scale_range), ("aspect_range", shown.aspect_range)):
-        low, high = span or (0, 0)
-        if low > high:
-            yield f"{name}: found [{low}, {high}], expected the smaller one first"
+        if span is not None and span[0] > span[1]:
+            yield f"{name}: found {list(span)}, expected the smaller one first"
     loss, schedule = settings.loss, settings.schedule
     for name in EMBEDDING_LOSSES:
         if getattr(loss, name) is not None and loss.projector is None:

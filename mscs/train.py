@@ -10,7 +10,7 @@ those, another number of processes gives another draw of the same distribution.
 import contextlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,31 +23,15 @@ from mscs import build
 from mscs.checkpoint import load_checkpoint, save_checkpoint
 from mscs.datasets import Dataset
 from mscs.distributed import World, all_mean
-from mscs.errors import MscsError, UsageError
+from mscs.errors import MscsError
+from mscs.job import Observer
 from mscs.loader import Batch, train_loader
 from mscs.losses.objective import Objective
 from mscs.models.sync_batchnorm import convert_sync_batchnorm, freeze_batch_norm
-from mscs.monitor import FiniteGuard, Progress, StopFlag, Stopped, explained, signals
+from mscs.monitor import FiniteGuard, Progress, Stopped, explained, signals
 from mscs.optim import gradient_norm
 from mscs.seeding import derive_seed, torch_generator
 from mscs.settings import Settings
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What observers see at a logging step: all log rows so far, and the main process's part of the batch.
-
-    images: float (b, 3, h, w), normalised. labels: int64 (b, h, w). logits: float (b, K, h', w').
-    """
-
-    seed: int
-    history: Sequence[Mapping[str, float]]
-    images: Tensor
-    labels: Tensor
-    logits: Tensor
-
-
-Observer = Callable[[Snapshot], None]
 
 
 @dataclass
@@ -60,7 +44,6 @@ class Trainer:
     dataset: Dataset
     checkpoints: Path
     workers: int = 0
-    stop_after: int | None = None
     accept_changed: bool = False
     """Go on from a checkpoint that another version of the code has written."""
     observers: Sequence[Observer] = ()
@@ -84,17 +67,16 @@ class Trainer:
             }
             start = self._resume(parts)
             network = self._wrap(model)
-            with signals() as stop, Progress(settings, self.seed, world, start) as progress:
-                self._loop(start, network, parts, stop, progress)
+            with signals() as stop:
+                self._loop(start, network, parts, stop)
         return model.state_dict()
 
-    def _loop(
-        self, start: int, network: nn.Module, parts: dict[str, Any], stop: StopFlag, progress: Progress
-    ) -> None:
+    def _loop(self, start: int, network: nn.Module, parts: dict[str, Any], stop: list[int]) -> None:
         steps, machine, world = self.settings.schedule.steps, self.settings.machine, self.world
         optimizer, scaler = parts["optimizer"], parts["scaler"]
         learning_rate = build.learning_rate_of(self.settings, len(self.dataset))
         guard = FiniteGuard(world, self.checkpoints, self.seed)
+        progress = Progress(self.settings, self.seed, world, start)
         network.train()
         if self.settings.schedule.batch_norm == "frozen":
             freeze_batch_norm(network)
@@ -105,7 +87,7 @@ class Trainer:
                 group["lr"] = lr
             torch.manual_seed(derive_seed(self.seed, "dropout", batch.step, world.rank))
             optimizer.zero_grad(set_to_none=True)
-            terms, counts, last_part = self._accumulate_gradients(batch, network, parts["objective"], scaler)
+            terms, counts = self._accumulate_gradients(batch, network, parts["objective"], scaler)
             scaler.unscale_(optimizer)
             norm = {"gradient_norm": gradient_norm(parts["model"])}
             # in fp16 an overflow of the gradient is no failure: the scaler skips the step
@@ -115,36 +97,28 @@ class Trainer:
             if done % machine.log_every == 0 or done == steps:
                 guard.check()
                 progress.show(self._log(done, lr, terms | counts | norm))
-                self._observe(Snapshot(self.seed, self.history, *last_part))
-            del last_part  # or its logits would lie beside those of the next step
-            progress.advance()
-            signum = world.largest(stop.signum)
-            if signum or done in (self.stop_after, steps) or done % machine.checkpoint_every == 0:
+                for observer in self.observers if world.is_main else ():
+                    observer(self.seed, self.history)
+            signum = world.largest(max(stop, default=0))
+            if signum or done == steps or done % machine.checkpoint_every == 0:
                 guard.check()
                 self._save(done, parts, progress.seconds)
             if signum:
                 raise Stopped(signum, done)
-            if done == self.stop_after:
-                return
-        signum = world.largest(stop.signum)  # one that came during the last save
+        signum = world.largest(max(stop, default=0))  # one that came during the last save
         if signum:
             raise Stopped(signum, steps)
 
     def _accumulate_gradients(
         self, batch: Batch, network: nn.Module, objective: Objective, scaler: torch.amp.GradScaler
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add the gradients of a batch, part by part, to those that the parameters hold.
 
-        Returns the loss and its terms, the anchor counts (means over the parts), and images, labels and
-        logits of the last part.
+        Returns the loss and its terms, and the anchor counts, as means over the parts.
         """
         parts, device = self.settings.schedule.accumulation_steps, self.world.device
         generators = self._generators(batch.step)
-        per_part, rest = divmod(len(generators), parts)
-        if rest:
-            raise UsageError(
-                f"accumulation_steps {parts} does not divide a process's {len(generators)} groups of images"
-            )
+        per_part = len(generators) // parts
         dtype = build.AUTOCAST[self.settings.machine.precision]
         means: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         pieces = zip(*(x.chunk(parts) for x in self._to_device(batch)), strict=True)
@@ -160,7 +134,7 @@ class Trainer:
             for whole, values in zip(means, ({"loss": total, **terms}, counts), strict=True):
                 for name, value in values.items():
                     whole[name] = whole.get(name, 0) + value.detach() / parts
-        return *means, (images, labels, output.logits.detach())
+        return means
 
     def _batches(self, start: int) -> Iterator[Batch]:
         return train_loader(
@@ -208,11 +182,6 @@ class Trainer:
         row = {"step": done, "lr": lr, **dict(zip(values, means.tolist(), strict=True))}
         self.history.append(row)
         return row
-
-    def _observe(self, snapshot: Snapshot) -> None:
-        if self.world.is_main:
-            for observer in self.observers:
-                observer(snapshot)
 
     def _save(self, done: int, parts: dict[str, Any], seconds: float) -> None:
         self.sessions[-1]["seconds"] = seconds

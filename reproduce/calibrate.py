@@ -15,7 +15,6 @@ import yaml
 from torch import Tensor, nn
 
 from mscs import build
-from mscs.checkpoint import file_digest
 from mscs.distributed import World
 from mscs.errors import UsageError, unknown_name
 from mscs.evaluation import count_pixels
@@ -23,6 +22,7 @@ from mscs.inference import Predictor
 from mscs.metrics import scores
 from mscs.models import ModelOutput, load_upstream, read_state_dict
 from mscs.params import Params
+from mscs.results import file_sha256
 from mscs.settings import Settings
 
 TOLERANCES = {"ss": 0.3, "ms": 0.5}
@@ -117,7 +117,7 @@ def check_file(checkpoint: Checkpoint, weights: Path) -> dict[str, Any]:
     """Return a weight file's SHA-256 and whether it is the recorded one."""
     if not weights.is_file():
         return {"sha256": None, "checksum": "a folder"}
-    digest = file_digest(weights)
+    digest = file_sha256(weights)
     verdict = "as recorded" if digest == checkpoint.sha256 else "not the recorded one"
     return {"sha256": digest, "checksum": verdict if checkpoint.sha256 else "none recorded"}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mscs.blocks import keys
+from mscs.blocks import flat_types
 from mscs.params import Params
 from mscs.results import read_json, write_text
 from mscs.settings import Loss
@@ -90,7 +90,7 @@ def compared_runs(params: Params, runs: Sequence[str]) -> list[tuple[str, str]]:
     Where several projectors were tried, the one of a figure or a claim, else the first in params.yaml.
     """
     chosen = {*FIGURE_RUNS.values(), TSNE_RUNS, *((claim.worse, claim.better) for claim in claims())}
-    ignored = {*keys(Loss), "run", "numerics"}
+    ignored = {*flat_types(Loss), "run", "numerics"}
     by_rest: dict[str, dict[str, list[str]]] = {}
     for run in (run for run in params.runs if run in runs):
         settings = params.resolve(run, "paper").settings

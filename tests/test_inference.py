@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from mscs.inference import Place, Predictor, Protocol, window_places
+from mscs.inference import Predictor, Protocol, window_places
 from mscs.models import ModelOutput
 from mscs.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize
 
@@ -113,23 +113,22 @@ def test_exponentials_of_large_logits_stay_finite(image):
 @pytest.mark.parametrize("overlap", [0.0, 1 / 3, 0.5])
 def test_windows_cover_every_pixel_and_stay_inside(overlap):
     seen = torch.zeros(50, 70, dtype=torch.int)
-    for place in window_places((50, 70), (32, 32), overlap, shift=True):
-        assert isinstance(place, Place)
-        assert (place.bottom - place.top, place.right - place.left) == (32, 32)
-        assert place.bottom <= 50
-        assert place.right <= 70
-        seen[place.top : place.bottom, place.left : place.right] += 1
+    for rows, columns in window_places((50, 70), (32, 32), overlap, shift=True):
+        assert (rows.stop - rows.start, columns.stop - columns.start) == (32, 32)
+        assert rows.stop <= 50
+        assert columns.stop <= 70
+        seen[rows, columns] += 1
     assert seen.min() >= 1
 
 
 @pytest.mark.parametrize("overlap", [0.0, 1 / 3])
 def test_windows_that_are_not_shifted_keep_their_stride_and_reach_beyond(overlap):
-    places = list(window_places((50, 70), (32, 32), overlap, shift=False))
+    places = window_places((50, 70), (32, 32), overlap, shift=False)
     stride = int(32 * (1 - overlap))
-    assert {p.top for p in places} == set(range(0, 50 - 32 + stride, stride))
-    assert {p.left for p in places} == set(range(0, 70 - 32 + stride, stride))
-    assert max(p.bottom for p in places) >= 50
-    assert max(p.right for p in places) >= 70
+    assert {rows.start for rows, _ in places} == set(range(0, 50 - 32 + stride, stride))
+    assert {columns.start for _, columns in places} == set(range(0, 70 - 32 + stride, stride))
+    assert max(rows.stop for rows, _ in places) >= 50
+    assert max(columns.stop for _, columns in places) >= 70
 
 
 def pascal_context_reference(model, pixels, scales, base, window):

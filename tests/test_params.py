@@ -7,11 +7,11 @@ from typing import Literal
 import pytest
 import yaml
 
-from mscs.blocks import TRAIN, Block, Weight, from_flat, keys
+from mscs.blocks import Block, flat_types, from_flat
 from mscs.errors import UsageError
 from mscs.model_options import MODEL_OPTIONS
 from mscs.params import Params, load_params, parse_overrides
-from mscs.settings import PHASES, Loss, Settings
+from mscs.settings import PHASES, Loss, Settings, Weight
 
 # The supplement's Tables 4 to 7: dataset, model, backbone ->
 # crop, lr, decay, weight decay, batch, steps, optimiser.
@@ -105,7 +105,7 @@ def test_every_run_resolves_in_every_profile_and_comes_back_from_flat_json(param
             assert from_flat(Settings, flat, "test") == settings
             assert from_flat(Settings, resolved.values, "test") == settings
             assert flat.items() <= {key: resolved.values[key] for key in flat}.items()
-            assert set(resolved.values) == set(keys(Settings)) == set(resolved.sources)
+            assert set(resolved.values) == set(flat_types(Settings)) == set(resolved.sources)
             assert "." not in run
             assert set(settings.model.options) <= set(vars(MODEL_OPTIONS[settings.model.name]))
 
@@ -287,7 +287,6 @@ def test_parts_that_a_run_does_not_use_are_not_there(params):
 class Neighbours(Block):
     """A loss on embeddings that this package does not have."""
 
-    affects = TRAIN
     neighbours: Literal[True]
     neighbour_weight: Weight
 
@@ -381,8 +380,8 @@ def test_a_value_that_is_no_yaml_is_one_line(value):
     [
         ("  hflip: 0.5", "  hflip: 0.5\n  hflip: 0.4", "stands twice"),
         ("profile: mini", "profile: [mini]", "unknown profile"),
-        ("steps_factor:", "steps_factor: abc #", "a valid number"),
-        ("\nruns:", "\nruns:\n  5: {}", "found the name 5; accepted are letters"),
+        ("steps_factor:", "steps_factor: abc #", "steps_factor: found 'abc', expected a number"),
+        ("\nruns:", "\nruns:\n  5: {}", "found the name 5, expected text"),
     ],
 )
 def test_slips_in_the_file_are_named(tmp_path, old, new, message):

@@ -12,14 +12,15 @@ import torch
 import yaml
 
 from mscs import runs
-from mscs.checkpoint import file_digest, read_weights, save_checkpoint, save_weights
+from mscs.checkpoint import read_weights, save_checkpoint, save_weights
 from mscs.cli import main
 from mscs.distributed import World
 from mscs.errors import MscsError, UsageError
-from mscs.job import Job, check_processes
+from mscs.job import Job
+from mscs.launch import check_processes
 from mscs.monitor import Stopped
 from mscs.paths import checkpoint_folder
-from mscs.results import read_json, write_json
+from mscs.results import file_sha256, read_json, write_json
 from mscs.runs import evaluate_seed, is_trained, summary, train_seed
 from mscs.train import Trainer
 
@@ -66,7 +67,7 @@ def evaluate(job, seed=0, **further):
     return evaluate_seed(job, seed, ALONE, job.files(seed).results, **further)
 
 
-def stop(_):
+def stop(*_):
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -81,7 +82,7 @@ def test_a_trained_seed_is_left_alone_unless_its_settings_change(new_job):
     record = read_json(files.record)
     assert record["sessions"][0]["start"] == 0
     assert record["peak_bytes"] > 1e8
-    assert record["weights"] == file_digest(files.weights)
+    assert record["weights"] == file_sha256(files.weights)
     assert not train(new_job())
     assert train(new_job(fresh=True))
     assert train(new_job(lr=0.02))
@@ -93,10 +94,10 @@ def test_a_trained_seed_is_left_alone_unless_its_settings_change(new_job):
 def test_a_seed_stopped_beside_a_trained_one_goes_on_alone(new_job):
     steps = []
 
-    def observe(snapshot):
-        steps.append((snapshot.seed, snapshot.history[-1]["step"]))
+    def observe(seed, history):
+        steps.append((seed, history[-1]["step"]))
         if steps == [(0, 1), (0, 2), (1, 1)]:
-            stop(snapshot)
+            stop()
 
     job = new_job(observers=[observe], seeds=[0, 1])
     assert train(job, 0)
@@ -114,7 +115,7 @@ def test_a_seed_stopped_beside_a_trained_one_goes_on_alone(new_job):
 def test_a_signal_during_the_last_save_is_not_lost(new_job, monkeypatch):
     def save(folder, step, *rest):
         save_checkpoint(folder, step, *rest)
-        stop(None)
+        stop()
 
     monkeypatch.setattr("mscs.train.save_checkpoint", save)
     with pytest.raises(Stopped, match="after step 2"):
@@ -212,7 +213,7 @@ def test_weights_that_no_training_leaves_are_not_scored(new_job, kind, message):
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     bad = torch.full_like(tensors[name], math.nan) if kind == "nan" else tensors[name].int()
     save_weights(files.weights, {**tensors, name: bad}, header)
-    write_json(files.record, {**read_json(files.record), "weights": file_digest(files.weights)})
+    write_json(files.record, {**read_json(files.record), "weights": file_sha256(files.weights)})
     with pytest.raises(MscsError, match=message):
         evaluate(job)
     with pytest.raises(MscsError, match=message):
@@ -233,7 +234,7 @@ def test_a_broken_record_is_one_line_and_trained_anew(new_job, content):
 def test_two_trainings_into_the_same_files_are_refused_whatever_their_settings(new_job):
     refused = []
 
-    def second(_):
+    def second(*_):
         with pytest.raises(UsageError, match="another process is training into") as caught:
             train(new_job(lr=0.02))
         refused.append(caught)
@@ -254,7 +255,7 @@ def test_a_training_that_replaces_another_is_done_when_its_record_is_written(new
         if path == files.metrics:
             record = read_json(files.record)
             assert record["digest"] == job.settings.digest()
-            assert record["weights"] == file_digest(files.weights)
+            assert record["weights"] == file_sha256(files.weights)
             raise MscsError("the disk is full")
         write_json(path, value)
 
@@ -290,8 +291,8 @@ def test_damaged_notes_of_another_interrupted_training_are_no_obstacle(new_job, 
 def test_a_checkpoint_of_another_version_of_the_code_is_used_only_if_asked(generated, project, capsys):
     arguments = command("train", generated)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mscs.cli._observers", lambda *_: [stop])
-        assert main(arguments) == 143
+        patch.setattr("mscs.trackers.build_tracker", lambda *_: stop)
+        assert main([*arguments, "--log=dvclive"]) == 143
     units = yaml.safe_load((project / "numerics.yaml").read_text())
     units["units"]["optimizer"]["version"] += 1
     (project / "numerics.yaml").write_text(yaml.safe_dump(units))

@@ -16,10 +16,11 @@ import torch
 from mscs import build
 from mscs.distributed import World
 from mscs.errors import MscsError, UsageError
+from mscs.launch import check_processes
 from mscs.loader import Batch
 from mscs.losses.objective import EmbeddingLoss, Objective, Terms
 from mscs.models import ModelOutput
-from mscs.monitor import FiniteGuard, Progress, memory_advice
+from mscs.monitor import FiniteGuard, Stopped, memory_advice
 from mscs.optim import gradient_norm
 from mscs.seeding import torch_generator
 from mscs.train import Trainer
@@ -48,6 +49,18 @@ def train(trainer):
         return trainer.train()
 
 
+def stop_after(trainer, step):
+    """Train until a signal that comes in a step."""
+
+    def observe(seed, history):
+        if history[-1]["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.observers = [observe]
+    with pytest.raises(Stopped):
+        train(trainer)
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
@@ -65,8 +78,7 @@ def test_a_run_stopped_at_any_step_ends_bitwise_where_an_uninterrupted_one_does(
     expected = train(whole)
     for stop in (1, 4):
         first = trainer(params, root, tmp_path / str(stop))
-        first.stop_after = stop
-        train(first)
+        stop_after(first, stop)
         second = trainer(params, root, tmp_path / str(stop))
         assert same(train(second), expected)
         assert second.history == whole.history
@@ -195,8 +207,7 @@ def test_the_state_of_a_loss_is_in_the_checkpoint_and_comes_back(params, generat
     monkeypatch.setitem(build.EMBEDDING_LOSSES, "contrastive", instead)
     expected = train(trainer(params, generated("cityscapes"), tmp_path / "whole"))
     first = trainer(params, generated("cityscapes"), tmp_path / "parts")
-    first.stop_after = 3
-    train(first)
+    stop_after(first, 3)
     saved = torch.load(tmp_path / "parts" / "step-00000003.pt", weights_only=True)["objective"]
     assert torch.equal(saved["on_embeddings.0.mean"], losses[1].mean)
     assert saved["on_embeddings.0.mean"].any()
@@ -214,8 +225,7 @@ def test_the_gradient_norm_is_that_of_all_gradients():
 
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(params, generated, tmp_path):
     run = trainer(params, generated("cityscapes"), tmp_path, checkpoint_every=1)
-    run.stop_after = 1
-    train(run)
+    stop_after(run, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
@@ -299,9 +309,8 @@ def test_batch_norm_over_parts_of_a_batch_must_be_asked_for_by_name(params, gene
     weights = train(asked)
     counted = {int(v) for k, v in weights.items() if k.endswith("num_batches_tracked")}
     assert counted == {4}  # two parts in each of two steps
-    asked.world = World(0, 4, torch.device("cpu"))
-    with pytest.raises(UsageError, match="a process's 1 groups"):
-        asked._accumulate_gradients(next(asked._batches(0)), None, None, None)
+    with pytest.raises(UsageError, match="4 processes cannot share a batch of 4 groups of images in 2 parts"):
+        check_processes(asked.settings, 4)
 
 
 def test_a_disk_that_hangs_ends_the_wait(params, generated, tmp_path, monkeypatch):
@@ -319,16 +328,17 @@ def test_the_loop_waits_for_the_device_at_logging_steps_only(
 ):
     """But for one read of how many anchors there are, which gives the loss its shapes."""
     reads, per_step = [], []
-    advance, make_guard = Progress.advance, FiniteGuard.__init__
+    make_guard, make_batches = FiniteGuard.__init__, Trainer._batches
 
     def guard_of_a_gpu(guard, *args):
         make_guard(guard, *args)
         guard._eager = False
 
-    def end_of_step(progress):
-        per_step.append(len(reads))
-        reads.clear()
-        advance(progress)
+    def batches(job, start):
+        for batch in make_batches(job, start):
+            yield batch
+            per_step.append(len(reads))
+            reads.clear()
 
     def watched(read):
         def reading(tensor, *args, **kwargs):
@@ -339,7 +349,7 @@ def test_the_loop_waits_for_the_device_at_logging_steps_only(
 
     job = trainer(params, generated("cityscapes"), tmp_path, run, log_every=6, checkpoint_every=6)
     monkeypatch.setattr(FiniteGuard, "__init__", guard_of_a_gpu)
-    monkeypatch.setattr(Progress, "advance", end_of_step)
+    monkeypatch.setattr(Trainer, "_batches", batches)
     for name in (
         "item",
         "tolist",

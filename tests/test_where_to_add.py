@@ -177,7 +177,7 @@ def add_loss(folder: Path) -> None:
         folder / "mscs/settings.py",
         (
             "class Loss(Block):",
-            'class SpreadBlock(Block):\n    """Settings of the loss."""\n\n    affects = TRAIN\n'
+            'class SpreadBlock(Block):\n    """Settings of the loss."""\n\n'
             "    spread: Literal[True]\n    spread_weight: Weight\n\n\nclass Loss(Block):",
         ),
         (

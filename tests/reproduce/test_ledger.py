@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mscs.blocks import keys
+from mscs.blocks import flat_types
 from mscs.model_options import MODEL_OPTIONS
 from mscs.settings import Settings
 from reproduce.ledger import entries, rows, switched
@@ -36,7 +36,7 @@ def test_every_entry_touches_a_run_and_explains_itself(params):
             )
         assert entry.values
         assert entry.why
-        assert entry.setting in keys(Settings) or entry.setting is None
+        assert entry.setting in flat_types(Settings) or entry.setting is None
         assert not entry.take or ((entry.setting or entry.option) and tuple(entry.take) == RECIPES)
 
 
