@@ -222,7 +222,7 @@ def test_a_profile_with_a_choice_of_runs_has_a_file_of_its_own(params):
     assert set(runs) == {run for run in table_runs("2b") if run in params.runs_of("small")}
     assert len(stages) == 3 * len(runs) + 1, "three seeds of each, and the figure"
     assert small.wanted([]) == (["reproduce/small/dvc.yaml"], small.default)
-    with pytest.raises(UsageError, match="target of profile small 'fig2'; Accepted: "):
+    with pytest.raises(UsageError, match="target of profile small 'fig2'; did you mean 'fig"):
         small.wanted(["fig2"])
 
 
