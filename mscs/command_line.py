@@ -1,9 +1,12 @@
 """What the command lines of `mscs` and `python -m reproduce` share."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,19 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         said = f"{error.strerror}: {error.filename}" if error.strerror else error
         print(f"{parser.prog}: error: {said}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Let Ctrl-C end the process at once while modules are loaded, which may swallow an exception."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def add_command(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mscs.command_line import loading
 from mscs.datasets.spec import GENERATED
 from mscs.errors import UsageError
 from mscs.job import Job
@@ -41,8 +42,9 @@ def train(job: Job, argv: Sequence[str], *, processes: int | None = None, restar
     if not launched and (processes > 1 or restarts):
         return launch(processes, restarts, argv)
 
-    from mscs.distributed import join_world
-    from mscs.runs import train_seed
+    with loading():
+        from mscs.distributed import join_world
+        from mscs.runs import train_seed
 
     with join_world(job.device) as world:
         for seed in job.seeds:
@@ -66,8 +68,9 @@ def evaluate(
     check_packages(accept=job.accept_packages)
     require_data(job.settings, job.data_root)
 
-    from mscs.distributed import join_world
-    from mscs.runs import evaluate_seed
+    with loading():
+        from mscs.distributed import join_world
+        from mscs.runs import evaluate_seed
 
     records = {}
     with join_world(job.device) as world:

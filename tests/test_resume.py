@@ -105,3 +105,21 @@ def test_a_signal_saves_and_the_next_start_goes_on(
         done = subprocess.run(command, **options, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
         assert f"going on from step {stopped}" in done.stdout
+
+
+SWALLOWED = """
+import os, signal, time
+from mscs.command_line import loading
+with loading():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:  # as an import in a library may
+        pass
+print("went on")
+"""
+
+
+def test_an_interrupt_while_modules_load_cannot_be_swallowed():
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
