@@ -72,7 +72,7 @@ def add_command(
             "--params", type=Path, default=Path("params.yaml"), help="parameter file (default: %(default)s)"
         )
     if profile:
-        sub.add_argument("--profile", help="mini or paper (default: the one in params.yaml)")
+        sub.add_argument("--profile", help="mini, small or paper (default: the one in params.yaml)")
     if as_json:
         sub.add_argument("--json", action="store_true", help="print JSON")
     return sub

@@ -117,7 +117,7 @@ def _add_results(commands: Any) -> None:
         "first", metavar="REV_A", help="commit, branch, tag, DVC experiment, or . (working tree)"
     )
     compare.add_argument("second", metavar="REV_B", nargs="?", default=".", help="the same (default: .)")
-    compare.add_argument("--profile", help="mini or paper (default: the one in params.yaml of REV_B)")
+    compare.add_argument("--profile", help="mini, small or paper (default: the one in params.yaml of REV_B)")
 
 
 def _add_measurements(commands: Any) -> None:

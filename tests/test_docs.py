@@ -282,22 +282,23 @@ def check_mscs(arguments, inline):
         params().resolve(args.run, args.profile, parse_overrides(args.set))
     if getattr(args, "dataset", None) is not None:
         dataset_spec(args.dataset)
-    assert getattr(args, "profile", None) in (None, "mini", "paper")
+    assert getattr(args, "profile", None) in (None, *params().profiles)
 
 
 def check_reproduce(arguments, inline):
     args = parse(build_reproduce_parser(), arguments, inline)
     if args is None:
         return
-    stages, _ = pipeline.Pipeline(params()).wanted(getattr(args, "target", ()))
-    assert set(stages) <= stage_names()
+    profile = getattr(args, "profile", None)
+    stages, _ = pipeline.Pipeline(params(), profile).wanted(getattr(args, "target", ()))
+    assert profile not in (None, "mini") or set(stages) <= stage_names()
     for table in getattr(args, "table", ()):
         assert table in (*TABLES, "4", "5", "6", "7")
     if getattr(args, "run", None) is not None:
         params().run_info(args.run)
     if getattr(args, "name", None) is not None:
         calibrate.find(args.name)
-    assert getattr(args, "profile", None) in (None, "mini", "paper")
+    assert getattr(args, "profile", None) in (None, *params().profiles)
 
 
 def check_make(arguments, _inline):
