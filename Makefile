@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 SUPPLY := $(VENV)/supply
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce gpu test test-all check image docker-check docker-test lock sbom audit clean
+.PHONY: help setup reproduce small small-all gpu test test-all check image docker-check docker-test lock sbom audit clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
