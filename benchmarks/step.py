@@ -57,7 +57,9 @@ def jobs(arguments):
 
     params = load_params(ROOT / "params.yaml")
     seen = set()
-    runs = sorted(params.runs, key=lambda run: params.resolve(run).settings.loss.name != "ours")
+    runs = sorted(
+        params.runs_of(arguments.profile), key=lambda run: params.resolve(run).settings.loss.name != "ours"
+    )
     for run in arguments.runs or runs:
         settings = params.resolve(run, arguments.profile).settings
         row, loss, images = settings.schedule.name, settings.loss.name, settings.schedule.images_per_group
