@@ -159,7 +159,9 @@ def _run(args: argparse.Namespace) -> int:
     pipeline = Pipeline(results.params, results.profile)
     pipeline.check()
     stages, runs = pipeline.wanted(args.target)
-    command = [sys.executable, "-m", "dvc", "repro", "--allow-missing", *stages]
+    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    if pipeline.in_git:  # weights are not: without them nothing is trained that has its results
+        command.append("--allow-missing")
     if args.keep_going:
         command.append("--keep-going")
     environment = {**os.environ, **({"MSCS_FRESH": "1"} if args.fresh else {})}

@@ -81,6 +81,8 @@ class Pipeline:
         runs = params.runs_of(self.profile)
         self.seeds = {run: params.resolve(run, self.profile).settings.seeds for run in runs}
         self.default = [run for run in default_runs(params) if run in runs]
+        self.in_git = params.resolve(runs[0], self.profile).settings.data.source == "real"
+        """Results from generated data differ between processors, so every checkout makes its own."""
         self.pairs = {figure: pair for figure, pair in FIGURE_RUNS.items() if set(pair) <= set(runs)}
 
     def files(self) -> dict[Path, dict[str, Any]]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mscs.errors import UsageError
 from reproduce.pipeline import Pipeline
@@ -47,11 +48,22 @@ def visible_gpus() -> list[str]:
     return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
 
 
-def changed(environment: Mapping[str, str]) -> set[str]:
-    """Return the stages that DVC holds for out of date, so that none is asked about one by one."""
+def changed(environment: Mapping[str, str], allow_missing: bool) -> set[str]:
+    """Return the stages that DVC holds for out of date, so that none is asked about one by one.
+
+    allow_missing: as DVC's own option: a stage of which only files are missing counts as up to date.
+    """
     command = [*DVC, "--wait-for-lock", "status", "--json"]
     done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
-    return set(json.loads(done.stdout or "{}"))
+    found: dict[str, list[Any]] = json.loads(done.stdout or "{}")
+    return {stage for stage, changes in found.items() if not (allow_missing and _only_missing(changes))}
+
+
+def _only_missing(changes: list[Any]) -> bool:
+    """Return whether files that are not there are all that `dvc status` says of a stage."""
+    files = [found for change in changes if isinstance(change, dict) for found in change.values()]
+    whole = len(files) == len(changes) and all(isinstance(found, dict) for found in files)
+    return whole and all(state == "deleted" for found in files for state in found.values())
 
 
 def side_by_side(
@@ -66,10 +78,11 @@ def side_by_side(
 
     After a failure no further training is started, unless `keep_going`; those under way end.
     """
-    code = subprocess.run([*DVC, "repro", *plan.shared_stages(runs)], check=False, env=environment).returncode
+    shared = [*DVC, "repro", *(["--allow-missing"] if plan.in_git else []), *plan.shared_stages(runs)]
+    code = subprocess.run(shared, check=False, env=environment).returncode
     if code:
         return code
-    stale = changed(environment)
+    stale = changed(environment, plan.in_git)
     stages = [stage for run in runs for stage in plan.stages_of(run)]
     waiting = deque(pair for pair in zip(stages[::2], stages[1::2], strict=True) if stale & set(pair))
     failures: list[int] = []

@@ -1,5 +1,6 @@
 """Runs side by side: the order of DVC calls, a GPU per worker, failures; and real DVC on a toy pipeline."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ def calls(monkeypatch):
         return SimpleNamespace(returncode=255 if failed else 0)
 
     every = {stage for name in RUNS for stage in PIPELINE.stages_of(name)}
-    monkeypatch.setattr(workers, "changed", lambda _: every - record.current)
+    monkeypatch.setattr(workers, "changed", lambda *_: every - record.current)
     monkeypatch.setattr(workers.subprocess, "run", run)
     return record
 
@@ -103,3 +104,20 @@ def test_dvc_keeps_the_locks_of_stages_that_ran_side_by_side(tmp_path, monkeypat
     assert workers.side_by_side(pipeline, ["a", "b"], [{}, {}]) == 0
     status = subprocess.run([*dvc, "status"], capture_output=True, text=True, check=True)
     assert "up to date" in status.stdout
+
+
+def test_a_stage_of_which_only_files_are_missing_is_fresh_where_results_are_in_git(monkeypatch):
+    found = {
+        "missing": [{"changed outs": {"weights": "deleted"}}, {"changed deps": {"weights": "deleted"}}],
+        "edited": [{"changed deps": {"settings": "modified", "weights": "deleted"}}],
+        "new": [{"changed deps": {"resolved.json": "new"}}, {"changed outs": {"weights": "deleted"}}],
+        "command": [{"changed outs": {"weights": "deleted"}}, "changed command"],
+        "param": [{"changed deps": {"resolved.json": {"runs.a.train": "modified"}}}],
+    }
+
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 0, json.dumps(found))
+
+    monkeypatch.setattr(workers.subprocess, "run", run)
+    assert workers.changed({}, allow_missing=False) == set(found)
+    assert workers.changed({}, allow_missing=True) == set(found) - {"missing"}
