@@ -105,9 +105,9 @@ def accept_same(params: Params, units: Sequence[str], python: str | None = None)
         found |= trees.compare_trainings((trees.Tree(Path.cwd(), python), here), params, runs)
         old, new = changed[PACKAGES]
         changed[PACKAGES] = old, {k: [*old[k], *(v for v in new[k] if v not in old[k])] for k in new}
-    commits = {accepted_commit(unit, old) for unit, (old, _) in changed.items() if unit != PACKAGES}
-    for commit in sorted(commits):
-        with checkout(commit) as source:
+    digests = {unit: old for unit, (old, _) in changed.items() if unit != PACKAGES}
+    if digests:
+        with checkout(accepted_commit(digests)) as source:
             found |= trees.compare_trainings((trees.Tree(source), here), params, runs)
     named = ", ".join(changed)
     if found:
@@ -147,16 +147,17 @@ def accept_changed(params: Params, unit: str, why: str) -> str:
     return f"{said} these runs are evaluated again, none is trained again: {', '.join(uses)}"
 
 
-def accepted_commit(unit: str, accepted: str) -> str:
-    """Return the newest commit whose code has the digest `accepted` for `unit`."""
-    with suppress(MscsError, KeyError):  # a commit older than numerics.yaml or the unit ends the search
+def accepted_commit(accepted: Mapping[str, str]) -> str:
+    """Return the newest commit whose code has the accepted digests of all these units."""
+    with suppress(MscsError, KeyError):  # a commit older than numerics.yaml or a unit ends the search
         for commit in git("rev-list", "HEAD", "--", str(FILE), "mscs").decode().split():
-            files = yaml.safe_load(_committed(commit, str(FILE)))["files"][unit]
-            if digest(files, partial(_committed, commit)) == accepted:
+            files = yaml.safe_load(_committed(commit, str(FILE)))["files"]
+            read = partial(_committed, commit)
+            if all(digest(files[unit], read) == wanted for unit, wanted in accepted.items()):
                 return commit
     raise UsageError(
-        f"no commit has the accepted digest of {unit!r} ({accepted}): commit the state that was accepted, or "
-        f'use python -m reproduce accept {unit} --changed "why"'
+        f"no commit has the accepted digests of {', '.join(accepted)}: commit the state that was accepted, "
+        'accept one unit after the other, or use python -m reproduce accept UNIT --changed "why"'
     )
 
 

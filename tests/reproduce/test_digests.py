@@ -251,7 +251,7 @@ def stand_in(monkeypatch, findings):
 
 
 def test_accept_same_writes_the_digest_only_if_the_trainings_agree(project, monkeypatch):
-    commit_ = accepted_commit("optimizer", load_numerics()["units"]["optimizer"]["digest"])
+    commit_ = accepted_commit({"optimizer": load_numerics()["units"]["optimizer"]["digest"]})
     before = FILE.read_text()
     assert accept_same(project, ["optimizer"]) == "optimizer: nothing to accept"
     write("LR = 0.2\n")
@@ -268,7 +268,7 @@ def test_accept_same_writes_the_digest_only_if_the_trainings_agree(project, monk
     old, new = (yaml.safe_load(text)["units"] for text in (before, FILE.read_text()))
     assert new["optimizer"] == old["optimizer"] | {"digest": digest(["mscs/optim.py"])}
     assert len(set(before.splitlines()) ^ set(FILE.read_text().splitlines())) == 2
-    assert accepted_commit("optimizer", old["optimizer"]["digest"]) == commit_
+    assert accepted_commit({"optimizer": old["optimizer"]["digest"]}) == commit_
 
 
 def test_accept_same_asks_just_the_runs_that_use_the_unit(params, monkeypatch):
