@@ -286,7 +286,7 @@ def test_accept_same_asks_just_the_runs_that_use_the_unit(params, monkeypatch):
 def test_accept_same_needs_a_committed_state(project):
     write("LR = 0.2\n")
     FILE.write_text(FILE.read_text().replace(load_numerics()["units"]["optimizer"]["digest"], "0" * 16))
-    with pytest.raises(UsageError, match="no commit has the accepted digest of 'optimizer'"):
+    with pytest.raises(UsageError, match="no commit has the accepted digests of optimizer"):
         accept_same(project, ["optimizer"])
 
 
