@@ -21,7 +21,7 @@ from mscs.inference import Predictor, Protocol
 from mscs.losses import MultiScaleContrastiveLoss
 from mscs.losses.objective import ContrastiveTerms, EmbeddingLoss, Objective
 from mscs.models import SegmentationModel, build_model
-from mscs.models.weights import load_strictly
+from mscs.models.weights import load_fitting, load_strictly
 from mscs.optim import build_optimizer, learning_rate
 from mscs.seeding import derive_seed
 from mscs.settings import Contrastive, Settings
@@ -83,7 +83,10 @@ def memory_format_of(settings: Settings) -> torch.memory_format:
 def network(
     settings: Settings, num_classes: int, *, seed: int | None, projector: bool = True
 ) -> SegmentationModel:
-    """Build the model; its random weights are a function of the seed (None: weights will be loaded)."""
+    """Build the model; its random weights are a function of the seed (None: weights will be loaded).
+
+    `initial_weights` replace what they have of the model: all of the backbone, and of the rest what fits.
+    """
     model = settings.model
     if seed is not None:
         torch.manual_seed(derive_seed(seed, "weights"))
@@ -92,9 +95,11 @@ def network(
         model.backbone,
         num_classes,
         projector=settings.loss.projector if projector else None,
-        pretrained=model.pretrained if seed is not None else False,
+        pretrained=model.pretrained if seed is not None and model.initial_weights is None else False,
         **model.options,
     )
+    if seed is not None and model.initial_weights is not None:
+        load_fitting(built, read_weights(model.initial_weights)[0], model.initial_weights)
     return built.to(dtype=dtype_of(settings), memory_format=memory_format_of(settings))  # type: ignore[call-overload]
 
 
@@ -161,8 +166,13 @@ def trained_network(settings: Settings, num_classes: int, weights: Path) -> Segm
 
 def predictor(settings: Settings, num_classes: int, weights: Path, device: torch.device) -> Predictor:
     """Return a trained network behind its dataset's evaluation protocol."""
+    return predictor_of(trained_network(settings, num_classes, weights), settings, device)
+
+
+def predictor_of(model: nn.Module, settings: Settings, device: torch.device) -> Predictor:
+    """Return a network, which is put into evaluation mode, behind its dataset's evaluation protocol."""
     return Predictor(
-        trained_network(settings, num_classes, weights),
+        model,
         protocol(settings),
         device=device,
         autocast=AUTOCAST[settings.machine.precision],

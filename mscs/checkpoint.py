@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mscs.errors import MscsError, UsageError
+from mscs.models.weights import read_state_dict
 from mscs.results import atomic_path, file_sha256, read_json, write_json
 
 KEPT = 2
@@ -113,12 +114,12 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], info: Mapping[str, A
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (tensors, header) of a weights file; values that no training leaves are an MscsError."""
-    header = read_header(path)
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise MscsError(f"weights {path} cannot be read: {error}") from None
+    """Return (tensors, header) of a weights file; values that no training leaves are an MscsError.
+
+    A file of `torch.save` (.pth, .pt, .bin: tensors by name, also inside a checkpoint) has an empty header.
+    """
+    header = {} if Path(path).suffix in (".pth", ".pt", ".bin") else read_header(path)
+    tensors = read_state_dict(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise MscsError(f"weights {path}: {name} holds values that are not finite; train the run again")

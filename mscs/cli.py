@@ -13,7 +13,7 @@ import mscs
 from mscs.command_line import Handler, add_command, run_command
 from mscs.errors import UsageError
 from mscs.job import Job
-from mscs.launch import evaluate, train
+from mscs.launch import evaluate, predict, train
 from mscs.params import load_params, parse_overrides
 from mscs.paths import read_resolved
 from mscs.settings import Settings
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run_command(commands, "show", _show, "print one run's settings and where each comes from", True)
     _add_train(commands)
     _add_evaluate(commands)
+    _add_predict(commands)
 
     from mscs.datasets.commands import add_data_commands
     from mscs.doctor import add_doctor_command
@@ -61,10 +62,19 @@ def _add_evaluate(commands: Any) -> None:
         commands, "evaluate", _evaluate, "score a trained run on its validation images"
     )
     add = command.add_argument
-    add("--checkpoint", type=Path, help="weights file (default: those of the run)")
+    add("--checkpoint", type=Path, help="weights file, .safetensors, .pth or .pt (default: the run's)")
     add("--ms", action="store_true", help="multi-scale + flip too, also where the run has ss only")
     add("--split", help="split to score (default: the one of the settings)")
     add("--save-predictions", type=Path, metavar="DIR", help="write predictions in the benchmark's format")
+
+
+def _add_predict(commands: Any) -> None:
+    command = _add_run_command(commands, "predict", _predict, "predict the classes of images of your own")
+    add = command.add_argument
+    add("images", type=Path, nargs="+", metavar="IMAGE", help="image, or folder of images")
+    add("--checkpoint", type=Path, help="weights file, .safetensors, .pth or .pt (default: the run's)")
+    add("--ms", action="store_true", help="multi-scale + flip")
+    add("--out", type=Path, metavar="DIR", help="where ids, color, overlay go (default: below work)")
 
 
 def _add_run_command(
@@ -77,7 +87,8 @@ def _add_run_command(
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (repeatable)")
     if not prints:
         add("--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from")
-        add("--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)")
+        if handler is not _predict:
+            add("--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)")
         add("--seed", type=int, help="one of the run's seeds (default: all of them)")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
         text = "compute with versions of PyTorch, timm and others that numerics.yaml does not know"
@@ -127,7 +138,7 @@ def _job(args: argparse.Namespace, settings: Settings, **further: Any) -> Job:
         settings=settings,
         seeds=settings.seeds if args.seed is None else [args.seed],
         folder=f"{settings.run}+{settings.digest()}" if args.set else settings.run,
-        root=args.data_root,
+        root=getattr(args, "data_root", None),
         device=args.device,
         accept_packages=args.accept_packages,
         **further,
@@ -148,10 +159,24 @@ def _train(args: argparse.Namespace) -> int:
     return train(job, args.argv, processes=args.processes, restarts=args.restarts)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _with_ms(args: argparse.Namespace) -> Settings:
+    """Return the settings, with multi-scale inference if --ms asks for it."""
     settings = _settings(args)
     if args.ms and "ms" not in settings.evaluation.modes:
         settings = _settings(args, evaluation=[*settings.evaluation.modes, "ms"])
+    return settings
+
+
+def _predict(args: argparse.Namespace) -> None:
+    job = _job(args, _with_ms(args))
+    folder = args.out or job.files(job.seeds[0]).work / "predictions"
+    if folder.is_file():
+        raise UsageError(f"--out {folder} is a file; name a folder")
+    predict(job, args.images, folder, checkpoint=args.checkpoint, multi_scale=args.ms)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    settings = _with_ms(args)
     save = None
     if args.save_predictions is not None:
         if args.save_predictions.is_file():
@@ -169,7 +194,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
     """Refuse to train the paper's networks from random weights, unless asked for by name."""
     asked = any(pair.partition("=")[0].strip() == "pretrained" for pair in overrides)
-    if settings.profile == "paper" and not settings.model.pretrained and not asked:
+    drawn = not (settings.model.pretrained or settings.model.initial_weights)
+    if settings.profile == "paper" and drawn and not asked:
         raise UsageError(
             f"{settings.run} would start from random weights in profile paper, with results that mean "
             "nothing beside the paper's. Set pretrained: true, or ask for it by name: --set pretrained=false"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mscs.command_line import loading
 from mscs.datasets.spec import GENERATED
-from mscs.errors import UsageError
+from mscs.errors import MscsError, UsageError
 from mscs.job import Job
 from mscs.numerics import check_packages
 from mscs.paths import data_root
@@ -84,6 +84,49 @@ def evaluate(
                 run, scored = job.settings.run, split or job.settings.data.score_split
                 print(f"{run} seed {seed}: mIoU {shown} (in percent, {scored}), in {folder}")
     return records
+
+
+def predict(
+    job: Job,
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    multi_scale: bool = False,
+) -> None:
+    """Write what the first seed of a job, or a weights file, answers to images and folders of images.
+
+    An image that cannot be read does not stop the others.
+
+    Raises:
+        UsageError: a path that holds no image, or no weights.
+        MscsError: images that could not be read, all named.
+    """
+    check_packages(accept=job.accept_packages)
+
+    with loading():
+        from tqdm import tqdm
+
+        from mscs.datasets.registry import dataset_spec
+        from mscs.distributed import join_world
+        from mscs.predictions import pictures_in, write_views
+        from mscs.runs import ask_seed
+
+    pictures = pictures_in(paths)
+    labels = dataset_spec(job.settings.data.name).labels(job.settings.data.task)
+    problems = []
+    with join_world(job.device) as world:
+        answer = ask_seed(job, job.seeds[0], world, checkpoint)
+        for picture in tqdm(pictures, desc=f"predict {job.settings.run}", unit="image", disable=None):
+            try:
+                image, prediction = answer(picture, multi_scale)
+            except MscsError as error:
+                problems.append(str(error))
+            else:
+                write_views(folder, labels, picture.stem, image, prediction)
+    print(f"{len(pictures) - len(problems)} of {len(pictures)} images: ids, color, overlay in {folder}")
+    if problems:
+        raise MscsError("\n  ".join([f"{len(problems)} images have no prediction:", *problems]))
 
 
 def check_processes(settings: Settings, processes: int) -> None:

@@ -28,6 +28,7 @@ class SeedFiles:
         self.record = self.results / "run.json"  # what the training was made with
         self.metrics = self.results / "train.json"  # its outcome, without times and machines
         self.losses = self.results / "losses.csv"  # loss terms over the steps
+        self.validation = self.results / "validation.csv"  # mIoU over the steps, where validate_every is set
         self.evaluation = self.results / "evaluation.json"  # scores
 
 

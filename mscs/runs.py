@@ -2,18 +2,23 @@
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import nn
+
 from mscs import build
 from mscs.checkpoint import differences, lock, prune, read_header, save_weights
-from mscs.datasets.base import MANIFEST
+from mscs.datasets.base import MANIFEST, decode_image, read_bytes
+from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED
 from mscs.distributed import World, barrier
 from mscs.errors import MscsError
-from mscs.evaluation import OnPrediction, evaluate_weights, nonzero
+from mscs.evaluation import OnPrediction, count_pixels, evaluate_weights, nonzero
 from mscs.job import Job
+from mscs.metrics import scores
 from mscs.models.pretrained import pretrained_record
 from mscs.monitor import peak_bytes
 from mscs.paths import SeedFiles, checkpoint_folder
@@ -51,6 +56,7 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
             4 * (world.device.type == "cuda") if job.workers is None else job.workers,
             accept_changed=job.accept_changed,
             observers=job.observers if world.is_main else (),
+            validate=_validation(job, world) if settings.machine.validate_every else None,
         )
         weights = trainer.train()
         if world.is_main:
@@ -59,6 +65,9 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
             save_weights(files.weights, weights, _header(settings, seed))
             write_json(files.record, record(**_facts(trainer, files)))
             write_csv(files.losses, trainer.history)
+            files.validation.unlink(missing_ok=True)
+            if trainer.validations:
+                write_csv(files.validation, trainer.validations)
             write_json(files.metrics, summary(trainer.history))  # last: it says that the others are there
             prune(checkpoints, keep=1)
         barrier()
@@ -99,6 +108,42 @@ def evaluate_seed(
         if checkpoint is None:
             prune(checkpoint_folder(settings, seed), keep=0)
     return record
+
+
+def ask_seed(
+    job: Job, seed: int, world: World, checkpoint: Path | None = None
+) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
+    """Return what reads an image file and answers, at one scale or several.
+
+    The answer: uint8 (H, W, 3) RGB as stored, and training ids uint8 (H, W). Weights as in `evaluate_seed`.
+    """
+    settings, files = job.settings, job.files(seed)
+    if checkpoint is None:
+        check_weights(settings, seed, files)
+    build.apply_machine_settings(settings)
+    classes = dataset_spec(settings.data.name).labels(settings.data.task).num_classes
+    predictor = build.predictor(settings, classes, checkpoint or files.weights, world.device)
+    top = settings.data.reflect_pad[0] if settings.evaluation.score_padding else 0
+
+    def answer(path: Path, multi_scale: bool) -> tuple[np.ndarray, np.ndarray]:
+        image = decode_image(read_bytes(path), path)
+        ids = predictor.scores(image, multi_scale=multi_scale).argmax(0)[top : top + len(image)]
+        return image, ids.cpu().numpy().astype(np.uint8)
+
+    return answer
+
+
+def _validation(job: Job, world: World) -> Callable[[nn.Module], float]:
+    """Return what scores a network, at one scale, on the images that the run is scored on."""
+    settings = job.settings
+    dataset = build.open_dataset(settings, settings.data.score_split, job.data_root)
+
+    def validate(model: nn.Module) -> float:
+        predictor = build.predictor_of(model, settings, world.device)
+        confusion = count_pixels(predictor, dataset, settings, world, multi_scale=False)
+        return float(scores(confusion, settings.evaluation.absent_classes)["miou"])  # type: ignore[arg-type]
+
+    return validate
 
 
 def is_trained(settings: Settings, seed: int, files: SeedFiles) -> bool:
@@ -145,6 +190,7 @@ def _tell_of_others(checkpoints: Path, settings: Settings) -> None:
 
 def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
     settings, world, sessions = trainer.settings, trainer.world, trainer.sessions
+    model = settings.model
     on_gpu = world.device.type == "cuda"
     root = trainer.dataset.root
     manifest, marker = root / MANIFEST, root / GENERATED
@@ -165,7 +211,7 @@ def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
             "digest": read_mapping(manifest)["digest"] if manifest.is_file() else None,
             "generated": read_mapping(marker) if marker.is_file() else None,
         },
-        "pretrained_weights": pretrained_record(settings.model.backbone, settings.model.pretrained),
+        "pretrained_weights": pretrained_record(model.backbone, model.initial_weights or model.pretrained),
     }
 
 

@@ -131,6 +131,8 @@ class Model(Block):
     backbone: str
     options: Mapping[str, Any] = Field(alias="model_options")
     pretrained: Annotated[Flag | str, TRAIN]
+    initial_weights: Annotated[str | None, TRAIN] = None
+    """A whole network to go on from; `pretrained` is about the backbone alone."""
     feature_maps: Annotated[Int, Field(ge=1, le=4), TRAIN]
     aux_weight: Annotated[Weight, TRAIN]
 
@@ -230,6 +232,8 @@ class Machine(Block):
     threads: Annotated[Count | None, NOTHING]
     log_every: Annotated[Count, NOTHING]
     checkpoint_every: Annotated[Count, NOTHING]
+    validate_every: Annotated[Count | None, NOTHING] = None
+    """Steps between validations, which the log shows and nothing else uses."""
 
 
 class Settings(Block):

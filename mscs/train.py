@@ -10,7 +10,7 @@ those, another number of processes gives another draw of the same distribution.
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,14 @@ class Trainer:
     accept_changed: bool = False
     """Go on from a checkpoint that another version of the code has written."""
     observers: Sequence[Observer] = ()
+    validate: Callable[[nn.Module], float] | None = None
+    """Returns the network's mIoU in percent; for the log."""
     history: list[dict[str, float]] = field(default_factory=list)
     sessions: list[dict[str, float]] = field(default_factory=list)
     """Of every start of this run so far: when (seconds since 1970), with how many processes, its first step,
     and its seconds until the last checkpoint."""
+    validations: list[dict[str, float]] = field(default_factory=list)
+    """Step and mIoU of every validation so far."""
 
     def train(self) -> dict[str, Tensor]:
         """Train to the end and return the model's weights, projectors included."""
@@ -99,6 +103,8 @@ class Trainer:
                 progress.show(self._log(done, lr, terms | counts | norm))
                 for observer in self.observers if world.is_main else ():
                     observer(self.seed, self.history)
+            if machine.validate_every and done % machine.validate_every == 0:
+                self._validate(done, parts["model"])
             signum = world.largest(max(stop, default=0))
             if signum or done == steps or done % machine.checkpoint_every == 0:
                 guard.check()
@@ -176,6 +182,18 @@ class Trainer:
             convert_sync_batchnorm(model)  # after DDP, which refuses synchronised norms on CPUs
         return network
 
+    def _validate(self, done: int, model: nn.Module) -> None:
+        """Score the network, draw no random number, and leave every module in the mode that it was in."""
+        if self.validate is None:
+            return
+        modes = {module: module.training for module in model.modules()}
+        miou = self.validate(model)
+        for module, training in modes.items():
+            module.training = training
+        self.validations.append({"step": done, "miou": miou})
+        if self.world.is_main:
+            print(f"{self.settings.run} seed {self.seed} step {done} validation mIoU {miou:.2f}", flush=True)
+
     def _log(self, done: int, lr: float, values: dict[str, Tensor]) -> dict[str, float]:
         device = self.world.device
         means = all_mean(torch.stack([v.detach().to(device, torch.float64) for v in values.values()]))
@@ -188,7 +206,7 @@ class Trainer:
         if not self.world.is_main:
             return
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"history": self.history, "sessions": self.sessions}
+        state |= {"history": self.history, "sessions": self.sessions, "validations": self.validations}
         save_checkpoint(self.checkpoints, done, state, self._identity())
 
     def _resume(self, parts: dict[str, Any]) -> int:
@@ -205,6 +223,7 @@ class Trainer:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.history[:], self.sessions[:] = state["history"], state["sessions"]
+            self.validations[:] = state.get("validations", [])  # which older checkpoints lack
             if self.world.is_main:
                 print(f"{self.settings.run} seed {self.seed}: going on from step {step}", flush=True)
         self.sessions.append(

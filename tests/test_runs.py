@@ -112,6 +112,33 @@ def test_a_seed_stopped_beside_a_trained_one_goes_on_alone(new_job):
     assert [row["step"] for row in rows] == ["1", "2"]
 
 
+@pytest.mark.parametrize("run", [RUN, "cityscapes-upernet-swint-ours"])
+def test_validation_is_for_the_log_alone(new_job, capsys, run):
+    found = []
+    for every in (None, 1):
+        job = new_job(run, fresh=True, validate_every=every, evaluation=["ss"], warmup_steps=1)
+        assert train_seed(job, 0, ALONE)
+        files = job.files(0)
+        found.append((read_weights(files.weights), files.losses.read_text(), files.metrics.read_text()))
+    (plain, header), (validated, other) = found[0][0], found[1][0]
+    assert header == other
+    assert plain.keys() == validated.keys()
+    assert all(torch.equal(value, validated[name]) for name, value in plain.items())
+    assert found[0][1:] == found[1][1:]
+    rows = list(csv.DictReader(files.validation.open()))
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["miou"]) == evaluate(job)["ss"]["miou"]
+    assert f"step 2 validation mIoU {float(rows[1]['miou']):.2f}" in capsys.readouterr().out
+
+
+def test_a_stopped_training_keeps_its_validations(new_job):
+    job = new_job(validate_every=1, checkpoint_every=1, observers=[stop])
+    with pytest.raises(Stopped):
+        train(job)
+    train(new_job(validate_every=1))
+    assert [row["step"] for row in csv.DictReader(job.files(0).validation.open())] == ["1", "2"]
+
+
 def test_a_signal_during_the_last_save_is_not_lost(new_job, monkeypatch):
     def save(folder, step, *rest):
         save_checkpoint(folder, step, *rest)

@@ -79,9 +79,7 @@ class Dataset:
 
     def decode(self, entry: Entry, image_file: bytes, label_file: bytes) -> tuple[np.ndarray, np.ndarray]:
         """Return the image and the raw label values, decoded; MscsError if one is broken."""
-        # as the pixels of the image are stored: no rotation by EXIF
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = _decode(image_file, self.root / entry.image, flags)
+        image = decode_image(image_file, self.root / entry.image)
         label = decode_label(label_file, self.root / entry.label)
         if image.shape[:2] != label.shape:
             raise MscsError(
@@ -130,6 +128,11 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
+def decode_image(data: bytes, path: Path) -> np.ndarray:
+    """Decode an image file to uint8 (H, W, 3), RGB, as its pixels are stored: no rotation by EXIF."""
+    return _decode(data, path, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
 def decode_label(data: bytes, path: Path) -> np.ndarray:
     """Decode a label file to the raw uint8 values (H, W) that it holds."""
     label = _decode(data, path, cv2.IMREAD_UNCHANGED)
@@ -156,7 +159,7 @@ def _open(data: bytes, path: Path) -> Image.Image:
 
 
 def _broken(path: Path, why: str = "") -> MscsError:
-    return MscsError(f"{path}: cannot be decoded ({why or 'broken or cut off'}). Fetch the dataset again")
+    return MscsError(f"{path}: cannot be decoded ({why or 'broken or cut off'}). Get that file again")
 
 
 def _decode(data: bytes, path: Path, flags: int) -> np.ndarray:

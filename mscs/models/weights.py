@@ -75,6 +75,26 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def load_fitting(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load the tensors that fit by name and shape, and print which others of the model stay as drawn.
+
+    So a network for other classes, or without projectors, can be trained on. UsageError where a tensor of the
+    backbone is missing or of another shape.
+    """
+    own = model.state_dict()
+    fitting = {name: x for name, x in tensors.items() if name in own and own[name].shape == x.shape}
+    rest = [name for name in own if name not in fitting and not name.endswith(_OPTIONAL)]
+    if missing := [name for name in rest if name.startswith("backbone.")]:
+        raise UsageError(
+            f"initial_weights {source} lacks {len(missing)} tensors of the backbone, or has them in another "
+            f"shape: {listed(missing)}. Expected is a whole network of this project with the same backbone; "
+            "weights of a backbone alone go to pretrained"
+        )
+    if rest:
+        print(f"{source}: {len(rest)} tensors do not fit and are drawn anew: {listed(rest)}")
+    model.load_state_dict(fitting, strict=False)
+
+
 def listed(names: list[str], most: int = 10) -> str:
     """Return the first names in one line."""
     return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
