@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mscs.checkpoint import read_weights
 from mscs.datasets import Dataset, build_dataset
-from mscs.errors import MscsError
+from mscs.errors import MscsError, UsageError
 from mscs.inference import Predictor, Protocol
 from mscs.losses import MultiScaleContrastiveLoss
 from mscs.losses.objective import ContrastiveTerms, EmbeddingLoss, Objective
@@ -98,6 +98,12 @@ def network(
         pretrained=model.pretrained if seed is not None and model.initial_weights is None else False,
         **model.options,
     )
+    maps = 1 if settings.loss.projector == "concat" else model.feature_maps
+    if built.projectors is not None and len(built.projectors) != maps:
+        raise UsageError(
+            f"{model.name} on {model.backbone} has {len(built.projectors)} feature maps for the loss, the "
+            f"settings say {maps}; use --set feature_maps={len(built.projectors)}"
+        )
     if seed is not None and model.initial_weights is not None:
         load_fitting(built, read_weights(model.initial_weights)[0], model.initial_weights)
     return built.to(dtype=dtype_of(settings), memory_format=memory_format_of(settings))  # type: ignore[call-overload]

@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mscs.command_line import Handler, add_command, run_command
 from mscs.errors import UsageError
 from mscs.job import Job
 from mscs.launch import evaluate, predict, train
-from mscs.params import load_params, parse_overrides
+from mscs.params import Resolved, load_params, parse_overrides
 from mscs.paths import read_resolved
 from mscs.settings import Settings
 
@@ -108,7 +109,7 @@ def _runs(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    resolved = load_params(args.params).resolve(args.run, args.profile, parse_overrides(args.set))
+    resolved = _resolve(args, parse_overrides(args.set))
     if args.json:
         print(json.dumps({**resolved.values, "sources": dict(resolved.sources)}, indent=1))
         return
@@ -119,11 +120,18 @@ def _show(args: argparse.Namespace) -> None:
         print(f"{key.ljust(width)}  {json.dumps(value):32}  {source}")
 
 
+def _resolve(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Resolved:
+    resolved = load_params(args.params).resolve(args.run, args.profile, overrides)
+    for note in resolved.notes:
+        print(f"mscs: {note}", file=sys.stderr)
+    return resolved
+
+
 def _settings(args: argparse.Namespace, **overrides: Any) -> Settings:
     """Return the settings that the command line names: params.yaml and --set, or a resolved.json."""
     if args.settings is None:
         chosen = parse_overrides(args.set) | overrides
-        return load_params(args.params).resolve(args.run, args.profile, chosen).settings
+        return _resolve(args, chosen).settings
     if args.set or overrides:
         option = "--set" if args.set else "--ms"
         raise UsageError(f"{option} changes params.yaml's values and cannot be combined with --settings")

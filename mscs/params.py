@@ -6,7 +6,8 @@ overlay, then the profile's, then `--set` from the command line. For every value
 kept, so that `mscs show` can say where a number comes from.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -90,6 +91,10 @@ _DOCUMENT = form(
 )
 
 
+_ANYTHING = form(**flat_types(Settings))
+"""What --set may say, in use or not."""
+
+
 @dataclass(frozen=True)
 class Resolved:
     """Settings of one run, every value by flat key (also those not in use), and where each comes from."""
@@ -97,6 +102,8 @@ class Resolved:
     settings: Settings
     values: Mapping[str, Any]
     sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    """What --set has changed beyond its own keys, for the user."""
 
 
 @dataclass
@@ -118,6 +125,15 @@ class _Draft:
                 names.setdefault(origin, []).append(name)
             source = "; ".join(f"{', '.join(found)}: {origin}" for origin, found in names.items()) or source
         self.values[key], self.sources[key] = value, source
+
+    def drop_options(self, names: Iterable[str]) -> dict[str, Any]:
+        """Take model options out; return those that were there."""
+        options = dict(self.values.get("model_options", {}))
+        dropped = {name: options.pop(name) for name in sorted(names) if name in options}
+        self.options = {name: source for name, source in self.options.items() if name in options}
+        self.values["model_options"] = options
+        self.put("model_options", {}, self.sources.get("model_options", ""))
+        return dropped
 
 
 class Params:
@@ -207,6 +223,7 @@ class Params:
         for key in overrides:
             if key not in accepted:
                 raise UsageError(f"--set: {unknown_name('key', key, accepted)}")
+        check(_ANYTHING, overrides, "--set")
         if run in self.runs and run not in self.runs_of(profile):
             raise UsageError(unknown_name(f"run of profile {profile}", run, self.runs_of(profile)))
         entry = self._entry(run, profile)
@@ -218,6 +235,9 @@ class Params:
                     note = notes if isinstance(notes, str) else notes.get(key, notes.get("*", OUR_CHOICE))
                     draft.put(key, value, f"{note} ({source})")
         self._rewrite(draft, profile, entry["schedule"])
+        if overrides.get("model_options") == {}:
+            draft.drop_options(tuple(draft.options))
+        notes = _drop_options(draft, overrides["backbone"]) if "backbone" in overrides else ()
         for key, value in overrides.items():
             draft.put(key, value, "--set")
         for key in ("dataset", "loss", "schedule"):
@@ -226,11 +246,11 @@ class Params:
         draft.put("variant", self._variant(run, self._run(run)), f"params.yaml, runs.{run}")
         draft.put("profile", profile, "params.yaml, profile")
         draft.put("recipe", recipe, f"{recipe_source}: {self.about(recipe)}")
-        where = f"{self._path}: run {run}"
+        where = f"{self._path}: run {run}" + "".join(f", --set {key}" for key in overrides)
         _complete(draft, overrides, where)
         found = {phase: versions(draft.values, phase, self._numerics) for phase in PHASES}
         draft.put("numerics", found, f"{NUMERICS}: versions of the code that the run uses")
-        return Resolved(from_flat(Settings, draft.values, where), draft.values, draft.sources)
+        return Resolved(from_flat(Settings, draft.values, where), draft.values, draft.sources, notes)
 
     def _layers(
         self, entry: Mapping[str, Any], run: str, recipe: str, profile: str
@@ -288,6 +308,19 @@ class Params:
 def _choice(key: str, value: Any, accepted: Any, where: str) -> None:
     if not isinstance(value, str) or value not in accepted:
         raise UsageError(f"{where}: {unknown_name(key, value, accepted)}")
+
+
+def _drop_options(draft: _Draft, backbone: str) -> tuple[str, ...]:
+    """Drop the options that only the backbone before knows, if the new one is of another family; say so."""
+    before = draft.values["backbone"]
+    families = [re.split("[^a-z]", name)[0] for name in (before, backbone)]
+    if families[0] == families[1]:
+        return ()
+    specific = ("backbone_options", "drop_path_rate") if families[1] == "hrnet" else ("backbone_options",)
+    return tuple(
+        f"model option {name} {value} is meant for {before}; dropped for {backbone}"
+        for name, value in draft.drop_options(specific).items()
+    )
 
 
 def _complete(draft: _Draft, overrides: Mapping[str, Any], where: str) -> None:

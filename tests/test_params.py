@@ -337,6 +337,50 @@ def test_options_of_the_model_on_the_command_line_add_to_those_of_the_recipe(par
     assert params.resolve(run, "paper", asked).settings.model.options == {**before, "checkpointing": True}
 
 
+@pytest.mark.parametrize("run", ["ade20k-upernet-swint-ours", "cadis-ocrnet-r50-ours"])
+def test_options_of_another_family_of_backbones_are_dropped_with_a_note(params, run):
+    before = params.resolve(run, "mini").settings.model.options
+    resolved = params.resolve(run, "mini", {"backbone": "convnext_tiny"})
+    kept = {name: value for name, value in before.items() if name != "backbone_options"}
+    assert resolved.settings.model.options == kept
+    assert "backbone_options" not in resolved.sources["model_options"]
+    (note,) = resolved.notes
+    assert str(before["backbone_options"]) in note
+    own = {"backbone": "convnext_tiny", "model_options": {"backbone_options": {"depths": [1, 1, 1, 1]}}}
+    found = params.resolve(run, "mini", own).settings.model.options["backbone_options"]
+    assert found == {"depths": [1, 1, 1, 1]}
+    same = params.resolve(
+        run, "mini", {"backbone": f"{params.resolve(run, 'mini').settings.model.backbone}_x"}
+    )
+    assert same.settings.model.options == before
+    assert not same.notes
+
+
+def test_a_backbone_without_drop_path_is_given_none(params):
+    resolved = params.resolve("ade20k-upernet-swint-ours", "mini", {"backbone": "hrnet_w18_small"})
+    assert "drop_path_rate" not in resolved.settings.model.options
+    assert len(resolved.notes) == 2
+
+
+def test_an_empty_mapping_on_the_command_line_clears_the_options_of_the_model(params):
+    resolved = params.resolve("ade20k-upernet-swint-ours", "mini", {"model_options": {}})
+    assert resolved.settings.model.options == {}
+    assert resolved.sources["model_options"] == "--set"
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("steps=abc", "^--set: steps: found 'abc', expected a whole number"),
+        ("momentum=x", "^--set: momentum: found 'x', expected a number"),
+        ("images_per_group=3", "--set images_per_group: .*no divisor"),
+    ],
+)
+def test_errors_of_the_command_line_say_so(params, pair, message):
+    with pytest.raises(UsageError, match=message):
+        params.resolve("ade20k-upernet-swint-ours", "mini", parse_overrides([pair]))
+
+
 def test_without_the_loss_there_is_no_projector(params):
     settings = params.resolve("cadis-ocrnet-r50-ours", "mini", {"contrastive": False}).settings
     assert settings.loss.projector is None

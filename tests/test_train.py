@@ -90,6 +90,19 @@ def test_training_lowers_the_loss(params, generated, tmp_path):
     assert run.history[-1]["ce"] < 0.8 * run.history[0]["ce"]
 
 
+@pytest.mark.parametrize("model", ["hrnet-hr48", "ocrnet-hr48", "deeplabv3-r101", "upernet-swint"])
+def test_another_family_of_backbones_trains_without_further_options(params, generated, tmp_path, model):
+    options = {"backbone": "convnext_atto", "steps": 1, "warmup_steps": 0}
+    if model == "ocrnet-hr48":
+        wrong = trainer(params, generated("cityscapes"), tmp_path, f"cityscapes-{model}-ours", **options)
+        with pytest.raises(UsageError, match=r"has 2 feature maps for the loss, .* use --set feature_maps=2"):
+            train(wrong)
+        options["feature_maps"] = 2
+    run = trainer(params, generated("cityscapes"), tmp_path, f"cityscapes-{model}-ours", **options)
+    train(run)
+    assert math.isfinite(run.history[0]["loss"])
+
+
 def test_a_non_finite_term_stops_the_run_and_is_named(params, generated, tmp_path):
     with pytest.raises(MscsError, match=r"loss term '\w+' is (nan|inf) at step \d+ \(images "):
         train(trainer(params, generated("cityscapes"), tmp_path, lr=1e12))
