@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +13,12 @@ from typing import Any
 
 import mscs
 from mscs.command_line import Handler, add_command, run_command
-from mscs.errors import UsageError
+from mscs.errors import UsageError, unknown_name
 from mscs.job import Job
 from mscs.launch import evaluate, predict, train
 from mscs.params import Resolved, load_params, parse_overrides
-from mscs.paths import read_resolved
+from mscs.paths import RESULTS, SeedFiles, read_resolved
+from mscs.results import read_mapping
 from mscs.settings import Settings
 
 
@@ -30,7 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mscs", description=mscs.__doc__)
     parser.add_argument("--version", action="version", version=f"mscs {mscs.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_command(commands, "runs", _runs, "list every run of the paper", params=True, as_json=True)
+    runs = add_command(commands, "runs", _runs, "list every run of the paper", params=True, as_json=True)
+    runs.add_argument("--trained", action="store_true", help="list what has been trained here, with scores")
     _add_run_command(commands, "show", _show, "print one run's settings and where each comes from", True)
     _add_train(commands)
     _add_evaluate(commands)
@@ -87,6 +90,7 @@ def _add_run_command(
     add("run", metavar="RUN", help="id of a run (see `mscs runs`)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting (repeatable)")
     if not prints:
+        add("--name", help="name of a variant of your own: of the settings given by --set with it at first")
         add("--settings", type=Path, metavar="FILE", help="resolved.json to take the settings from")
         if handler is not _predict:
             add("--data-root", type=Path, help="folder of the dataset (default: where `mscs data` puts it)")
@@ -98,14 +102,38 @@ def _add_run_command(
 
 
 def _runs(args: argparse.Namespace) -> None:
-    params = load_params(args.params)
-    rows = [params.run_info(run) for run in params.runs]
+    if args.trained:
+        rows = _trained_rows()
+    else:
+        params = load_params(args.params)
+        rows = [params.run_info(run) for run in params.runs]
     if args.json:
         print(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print(f"nothing is trained below {RESULTS.resolve()}; start with `mscs train RUN`")
         return
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print("  ".join(row[key].ljust(widths[key]) for key in row).rstrip())
+
+
+def _trained_rows() -> list[dict[str, str]]:
+    """Return profile, run, seed, mIoU in percent, and what --set has changed, of every finished training."""
+    rows = []
+    for path in sorted(RESULTS.glob("*/runs/*/seed-*/train.json")):
+        profile, run, seed = path.parts[1], path.parts[3], int(path.parts[4].removeprefix("seed-"))
+        files = SeedFiles(profile, run, seed)
+        scores, record, changed = (
+            read_mapping(file) if file.is_file() else {}
+            for file in (files.evaluation, files.record, files.variant)
+        )
+        if scores.get("digest") != record.get("digest", scores.get("digest")):
+            scores = {}  # of an earlier training
+        miou = {mode: f"{scores[mode]['miou']:.2f}" if mode in scores else "" for mode in ("ss", "ms")}
+        pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
+        rows.append({"profile": profile, "run": run, "seed": str(seed), **miou, "changed": pairs})
+    return rows
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -130,22 +158,49 @@ def _resolve(args: argparse.Namespace, overrides: Mapping[str, Any]) -> Resolved
 def _settings(args: argparse.Namespace, **overrides: Any) -> Settings:
     """Return the settings that the command line names: params.yaml and --set, or a resolved.json."""
     if args.settings is None:
-        chosen = parse_overrides(args.set) | overrides
+        chosen = _overrides(args) | overrides
         return _resolve(args, chosen).settings
-    if args.set or overrides:
-        option = "--set" if args.set else "--ms"
+    if args.set or args.name or overrides:
+        option = "--set" if args.set else "--name" if args.name else "--ms"
         raise UsageError(f"{option} changes params.yaml's values and cannot be combined with --settings")
     return read_resolved(args.settings, args.run)
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what --set changes; a name stands for what it was given with at first."""
+    given = parse_overrides(args.set)
+    if args.name is None:
+        return given
+    if not re.fullmatch("[A-Za-z0-9_-]+", args.name):
+        raise UsageError(f"--name {args.name!r}: accepted are letters, digits, _ and -")
+    profile = args.profile or load_params(args.params).profile
+    path = SeedFiles(profile, f"{args.run}+{args.name}", 0).variant
+    if not path.is_file():
+        if not given:
+            found = path.parents[1].glob(f"{args.run}+*/{path.name}")
+            names = [variant.parent.name.partition("+")[2] for variant in found]
+            raise UsageError(f"{unknown_name('variant', args.name, names)} A new one needs --set KEY=VALUE")
+        return given
+    before = read_mapping(path)
+    if given and given != before:
+        raise UsageError(
+            f"--name {args.name} stands for {before}, not for {given}; "
+            "choose another name, or leave out --set"
+        )
+    return before
 
 
 def _job(args: argparse.Namespace, settings: Settings, **further: Any) -> Job:
     """Return the job that the command line describes; changed settings get folders of their own."""
     if args.seed is not None and args.seed not in settings.seeds:
         raise UsageError(f"--seed {args.seed}: the seeds of {settings.run} are {list(settings.seeds)}")
+    overrides = _overrides(args)
+    suffix = f"+{args.name or settings.digest()}" if overrides else ""
     return Job(
         settings=settings,
         seeds=settings.seeds if args.seed is None else [args.seed],
-        folder=f"{settings.run}+{settings.digest()}" if args.set else settings.run,
+        folder=settings.run + suffix,
+        overrides=overrides,
         root=getattr(args, "data_root", None),
         device=args.device,
         accept_packages=args.accept_packages,
@@ -155,7 +210,7 @@ def _job(args: argparse.Namespace, settings: Settings, **further: Any) -> Job:
 
 def _train(args: argparse.Namespace) -> int:
     settings = _settings(args)
-    _require_pretrained(settings, args.set)
+    _require_pretrained(settings, _overrides(args))
     # a launcher's second start goes on from the checkpoint of its first
     fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     job = _job(args, settings, workers=args.workers, fresh=fresh, accept_changed=args.accept_changed)
@@ -199,11 +254,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     evaluate(_job(args, settings), checkpoint=args.checkpoint, split=args.split, tag=tag, save=save)
 
 
-def _require_pretrained(settings: Settings, overrides: Sequence[str]) -> None:
+def _require_pretrained(settings: Settings, overrides: Mapping[str, Any]) -> None:
     """Refuse to train the paper's networks from random weights, unless asked for by name."""
-    asked = any(pair.partition("=")[0].strip() == "pretrained" for pair in overrides)
     drawn = not (settings.model.pretrained or settings.model.initial_weights)
-    if settings.profile == "paper" and drawn and not asked:
+    if settings.profile == "paper" and drawn and "pretrained" not in overrides:
         raise UsageError(
             f"{settings.run} would start from random weights in profile paper, with results that mean "
             "nothing beside the paper's. Set pretrained: true, or ask for it by name: --set pretrained=false"

@@ -1,8 +1,9 @@
 """What is to be carried out, and how: the settings of a run, seeds, folders, device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mscs.paths import SeedFiles, data_root
 from mscs.settings import Settings
@@ -19,6 +20,8 @@ class Job:
     seeds: Sequence[int]
     folder: str
     """Name of the run's folders, see `SeedFiles`."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What --set has changed, by flat key; kept beside the results."""
     root: Path | None = None
     """Folder of the dataset, if not the usual one."""
     device: str = "auto"

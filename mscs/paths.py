@@ -24,6 +24,7 @@ class SeedFiles:
     def __init__(self, profile: str, folder: str, seed: int):
         self.work = WORK / profile / "runs" / folder
         self.results = RESULTS / profile / "runs" / folder / f"seed-{seed}"
+        self.variant = self.results.with_name("variant.json")  # what --set has changed
         self.weights = self.work / "weights" / f"seed-{seed}.safetensors"
         self.record = self.results / "run.json"  # what the training was made with
         self.metrics = self.results / "train.json"  # its outcome, without times and machines

@@ -43,6 +43,10 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
     with contextlib.ExitStack() as held:
         if world.is_main:
             held.enter_context(lock(files.work / f"seed-{seed}.lock"))
+            # two names may stand for the same settings
+            held.enter_context(lock(checkpoints.with_name(f"seed-{seed}.lock")))
+            if job.overrides:
+                write_json(files.variant, job.overrides)
             _tell_of_others(checkpoints, settings)
             if job.fresh:
                 prune(checkpoints, keep=0)

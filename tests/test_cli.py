@@ -76,6 +76,30 @@ def test_train_then_evaluate_then_score_again(project, generated, capsys):
     assert "torch" in provenance["packages"]
 
 
+def test_a_variant_has_a_name_that_stands_for_its_settings(project, generated, capsys):
+    root = ["--data-root", str(generated("cityscapes"))]
+    assert main(["runs", "--trained"]) == 0
+    assert "nothing is trained" in capsys.readouterr().out
+    assert main(["train", RUN, *root, *SMALL, "--set=lr=0.02", "--name=slow"]) == 0
+    assert main(["train", RUN, *root, *SMALL]) == 0
+    assert main(["evaluate", RUN, *root, "--name=slow"]) == 0
+    capsys.readouterr()
+    assert main(["runs", "--trained", "--json"]) == 0
+    digest, slow = json.loads(capsys.readouterr().out)
+    assert (slow["profile"], slow["run"], slow["seed"]) == ("mini", f"{RUN}+slow", "0")
+    assert "lr=0.02" in slow["changed"]
+    record = json.loads((project / f"results/mini/runs/{RUN}+slow/seed-0/evaluation.json").read_text())
+    assert slow["ss"] == f"{record['ss']['miou']:.2f}"
+    assert digest["ss"] == ""
+    assert main(["train", RUN, *root, "--name=slow"]) == 0
+    assert "is trained under these settings" in capsys.readouterr().out
+    assert main(["train", RUN, *root, *SMALL, "--set=lr=0.03", "--name=slow"]) == 2
+    assert "choose another name" in capsys.readouterr().err
+    for name, words in (("slov", "did you mean 'slow'"), ("../x", "accepted are letters")):
+        assert main(["evaluate", RUN, *root, "--name", name]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_a_broken_image_is_named_and_ends_with_1(project, generated, capsys):
     root = project / "broken"
     shutil.copytree(generated("cityscapes"), root)

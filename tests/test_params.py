@@ -349,9 +349,8 @@ def test_options_of_another_family_of_backbones_are_dropped_with_a_note(params, 
     own = {"backbone": "convnext_tiny", "model_options": {"backbone_options": {"depths": [1, 1, 1, 1]}}}
     found = params.resolve(run, "mini", own).settings.model.options["backbone_options"]
     assert found == {"depths": [1, 1, 1, 1]}
-    same = params.resolve(
-        run, "mini", {"backbone": f"{params.resolve(run, 'mini').settings.model.backbone}_x"}
-    )
+    backbone = params.resolve(run, "mini").settings.model.backbone
+    same = params.resolve(run, "mini", {"backbone": f"{backbone}_x"})
     assert same.settings.model.options == before
     assert not same.notes
 
