@@ -195,6 +195,8 @@ class Pipeline:
         known |= {dataset: ([self.data_stage(dataset)], []) for dataset in self.datasets(self.seeds)}
         known |= {run: (self.stages_of(run)[1::2], [run]) for run in self.seeds}
         for target in targets:
+            if target not in known and target.lower().startswith("tab"):  # the tables are named 2b and so on
+                raise UsageError(unknown_name("table", target, tables_of(self.seeds)))
             if target not in known:
                 raise UsageError(unknown_name(f"target of profile {profile}", target, known))
         stages = [stage for target in targets for stage in known[target][0]]
