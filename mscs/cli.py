@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     from mscs.datasets.commands import add_data_commands
     from mscs.doctor import add_doctor_command
 
-    add_data_commands(commands)
+    add_data_commands(commands, _splits_used)
     add_doctor_command(commands)
     return parser
 
@@ -116,6 +116,10 @@ def _runs(args: argparse.Namespace) -> None:
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print("  ".join(row[key].ljust(widths[key]) for key in row).rstrip())
+
+
+def _splits_used(dataset: str) -> set[str] | None:
+    return load_params().splits_used(dataset) if Path("params.yaml").is_file() else None
 
 
 def _trained_rows() -> list[dict[str, str]]:

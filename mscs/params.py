@@ -195,6 +195,12 @@ class Params:
         """Return the dataset that a run uses in a profile."""
         return self._entry(run, profile)["dataset"]
 
+    def splits_used(self, dataset: str) -> set[str]:
+        """Return the splits of a dataset that runs of any profile train on or are scored on."""
+        runs = [(run, profile) for profile in self.profiles for run in self.runs_of(profile)]
+        data = [self.resolve(*pair).settings.data for pair in runs if self.dataset_of(*pair) == dataset]
+        return {split for x in data for split in f"{x.train_split}+{x.score_split}".split("+")}
+
     def run_info(self, run: str) -> dict[str, str]:
         """Return id, dataset, model, backbone and variant of a run as the paper's profile has them."""
         entry = self._run(run)

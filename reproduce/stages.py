@@ -50,7 +50,7 @@ def data(profile: str, dataset: str) -> None:
     if generated:
         counts = {split: settings[f"{split}_images"] for split in ("train", "val")}
         write_dataset(dataset, root, **counts, image_size=tuple(settings["image_size"]))
-    facts = verify(dataset, root)
+    facts = verify(dataset, root, needed=load_params().splits_used(dataset))
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
     if generated:
         splits = (build_dataset(dataset, split, root, settings["task"]) for split in ("train", "val"))

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from mscs.datasets.spec import Spec, default_root
 from mscs.errors import UsageError
 
 DataHandler = Callable[[argparse.Namespace, Spec, Path], None]
+SplitsUsed = Callable[[str], Collection[str] | None]
 
 
-def add_data_commands(subparsers: Any) -> None:
-    """Add the command `data` to the subparsers of the program; handlers are set as `handler`."""
+def add_data_commands(subparsers: Any, splits_used: SplitsUsed) -> None:
+    """Add the command `data` to the subparsers of the program; handlers are set as `handler`.
+
+    `splits_used` tells which splits of a dataset the runs use; None: not known.
+    """
     text = "get, make, check and look at the datasets"
     data = subparsers.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
     commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -39,7 +44,8 @@ def add_data_commands(subparsers: Any) -> None:
     prepare.add_argument("--cache-dir", type=Path, help="where the cache goes (default: decoded in the root)")
     prepare.add_argument("--yes", action="store_true", help="do not ask before writing the cache")
 
-    _command(commands, "verify", "decode and check every file, write the manifest", _verify)
+    text = "decode and check every file, write the manifest"
+    _command(commands, "verify", text, partial(_verify, splits_used))
     _command(commands, "info", "print classes, splits, licence and state of a dataset", _info)
 
     show = _command(commands, "show", "write a contact sheet of images and labels", _show)
@@ -93,10 +99,10 @@ def _prepare(args: argparse.Namespace, spec: Spec, root: Path) -> None:
         print(f"{root}: {build_cache(spec.name, root, args.cache_dir)} files in the cache")
 
 
-def _verify(_args: argparse.Namespace, spec: Spec, root: Path) -> None:
+def _verify(splits_used: SplitsUsed, _args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.verify import verify
 
-    manifest = verify(spec.name, root)
+    manifest = verify(spec.name, root, needed=splits_used(spec.name))
     print(f"{root}: sound ({_counts(manifest['splits'])}), digest {manifest['digest']}")
 
 

@@ -19,6 +19,7 @@ from mscs.datasets.prepare import build_cache, cache_bytes
 from mscs.datasets.show import contact_sheet
 from mscs.datasets.verify import check_manifest, verify
 from mscs.errors import MscsError, UsageError
+from mscs.params import load_params
 
 COUNTS = {"train": 3, "val": 2}
 
@@ -137,6 +138,25 @@ def test_wrong_counts_and_missing_splits(small):
     assert problems[0] == "split train: 2 images, expected 3"
     assert problems[1].startswith("split test: cityscapes: no folder")
     assert len(problems) == 2
+
+
+def test_a_split_that_no_run_uses_may_be_absent_but_not_broken(small):
+    root = small("cityscapes")
+    used = load_params().splits_used("cityscapes")
+    assert used == {"train", "val"}
+    victim = next((root / "gtFine" / "test").glob("*/*"))
+    victim.unlink()
+    with pytest.raises(MscsError, match=r"split test: .* has no label"):
+        verify("cityscapes", root, needed=used)
+    shutil.rmtree(root / "leftImg8bit" / "test")
+    assert verify("cityscapes", root, needed=used)["splits"] == COUNTS
+    shutil.rmtree(root / "leftImg8bit" / "val")
+    with pytest.raises(MscsError, match="split val: cityscapes: no folder"):
+        verify("cityscapes", root, needed=used)
+
+
+def test_the_splits_of_camvids_runs_are_all_needed():
+    assert load_params().splits_used("camvid") == {"train", "val", "test"}
 
 
 def test_the_official_counts_are_expected(make_tree):
@@ -305,7 +325,7 @@ def test_contact_sheet(name, make_tree):
 
 def command(*words):
     parser = argparse.ArgumentParser()
-    add_data_commands(parser.add_subparsers(required=True))
+    add_data_commands(parser.add_subparsers(required=True), lambda _dataset: None)
     args = parser.parse_args(["data", *map(str, words)])
     return args.handler(args) or 0
 
