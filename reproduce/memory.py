@@ -7,7 +7,6 @@ of memory in use (PyTorch's allocator, GiB), without the CUDA context that nvidi
 
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mscs.errors import MscsError
@@ -95,7 +94,7 @@ def train_steps(settings: Settings, backend: str, device: "torch.device") -> flo
     objective = build.objective(settings, labels.class_weights).to(device)
     for module in objective.modules():
         if isinstance(module, MultiScaleContrastiveLoss):
-            module.term = partial(module.term, backend=backend)
+            module.backend = backend
     optimizer = build.optimizer(settings, model, fused=device.type == "cuda")
     generator = torch_generator(0, "memory")
     height, width = settings.schedule.crop_size

@@ -119,6 +119,7 @@ def prepare(features: Tensor, normalize: bool = True) -> Tensor:
     return rows / norm.masked_fill(norm < 1e-12, math.inf)
 
 
+@torch.compiler.disable  # loops over tiles whose number differs at every step
 def sorted_loss(*sets: Rows, temperature: float, unit: bool, backend: str, precision: str) -> Tensor:
     """Return the loss of one set against itself, or of the first against the second.
 

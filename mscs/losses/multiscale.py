@@ -1,8 +1,11 @@
 """Eq. 5's contrastive part: within-scale terms, cross-scale terms, and their weighted sum."""
 
-from collections.abc import Sequence
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,9 @@ from torch import Tensor, nn
 from mscs.losses import sampling as pixels
 from mscs.losses.contrastive import check_options, prepare, sorted_loss
 from mscs.losses.segmentation import check_groups
+
+EMPTY_STEPS = 100
+"""After so many calls in a row without a pixel of a scale, one warning says so."""
 
 
 class LossTerms(NamedTuple):
@@ -27,6 +33,14 @@ class LossTerms(NamedTuple):
     """(G, S) int64 on the CPU: the number T of (image, class) sets that took part; not groups of images."""
     views: Tensor
     """(G, S) int64 on the CPU: pixels V drawn per set; 0 where none or, with sampling="all", not constant."""
+
+    def __add__(self, _other: object) -> NoReturn:
+        """Raise TypeError: what belongs into a loss is `total`."""
+        raise TypeError("LossTerms is a record of terms; add its total to the loss: loss + terms.total")
+
+    def __radd__(self, other: object) -> NoReturn:
+        """Raise TypeError, as `__add__`."""
+        self.__add__(other)
 
 
 class MultiScaleContrastiveLoss(nn.Module):
@@ -55,6 +69,10 @@ class MultiScaleContrastiveLoss(nn.Module):
 
     Raises:
         ValueError: an impossible setting, or inputs that do not fit it.
+
+    Warns:
+        UserWarning: once, when a scale had no pixel to contrast in `EMPTY_STEPS` calls in a row; once, when a
+            map is larger than the one before it.
     """
 
     def __init__(
@@ -88,12 +106,23 @@ class MultiScaleContrastiveLoss(nn.Module):
         self.multi_scale_weight = multi_scale_weight
         self.cross_scale_weight = cross_scale_weight
         self.images_per_group = images_per_group
-        self.caps = None if sampling == "all" else (min_views, max_views, max_anchors)
         self.ignore_index = ignore_index
-        self.term = partial(
-            sorted_loss, temperature=temperature, unit=True, backend=backend, precision=precision
-        )
+        self.temperature = temperature
+        self.sampling = sampling
+        self.min_views = min_views
+        self.max_views = max_views
+        self.max_anchors = max_anchors
+        self.backend = backend
+        self.precision = precision
+        self._empty_steps = [0] * len(self.scale_weights)
+        self._warned: set[str] = set()
 
+    def extra_repr(self) -> str:
+        """Return the settings, which print(module) shows."""
+        names = inspect.signature(MultiScaleContrastiveLoss).parameters
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @torch.compiler.disable
     def forward(
         self,
         features: Sequence[Tensor],
@@ -108,18 +137,43 @@ class MultiScaleContrastiveLoss(nn.Module):
             generator: one generator for all groups in turn, or one per group of this process's batch; the
                 latter makes the draw of a group independent of how groups are spread over processes.
         """
+        term = partial(
+            sorted_loss,
+            temperature=self.temperature,
+            unit=True,
+            backend=self.backend,
+            precision=self.precision,
+        )
         terms, counts = [], []
         for drawn in self._sampled_groups(features, labels, generator):
             with torch.autocast(labels.device.type, enabled=False):
                 rows = [(prepare(anchors.features), anchors.labels) for anchors in drawn]
                 pairs = [(rows[a], rows[b]) for a, b in self.cross_pairs]
-                terms.append(torch.stack([self.term(*sets) for sets in (*zip(rows), *pairs)]))
+                terms.append(torch.stack([term(*sets) for sets in (*zip(rows), *pairs)]))
             counts.append([(len(anchors.labels), anchors.groups, anchors.views) for anchors in drawn])
         multi_scale, cross_scale = torch.stack(terms).mean(dim=0).tensor_split([len(self.scale_weights)])
         weighted = sum(w * term for w, term in zip(self.scale_weights, multi_scale, strict=True))
         total = self.multi_scale_weight * weighted + self.cross_scale_weight * cross_scale.sum()
         anchors, sets, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
+        self._watch(anchors.amax(dim=0).tolist())
         return LossTerms(total, multi_scale, cross_scale, anchors, sets, views)
+
+    def _watch(self, most_anchors: Sequence[int]) -> None:
+        """Warn of a scale that has had no anchor for many calls."""
+        for scale, most in enumerate(most_anchors):
+            self._empty_steps[scale] = 0 if most else self._empty_steps[scale] + 1
+            if self._empty_steps[scale] == EMPTY_STEPS:
+                self._warn(
+                    "empty",
+                    f"scale {scale} had no pixel to contrast in {EMPTY_STEPS} calls and adds nothing to the "
+                    f"loss: labels are all {self.ignore_index}, or no class of an image has min_views = "
+                    f"{self.min_views} pixels on the map. Lower min_views or use finer maps",
+                )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
 
     def _sampled_groups(
         self,
@@ -128,24 +182,37 @@ class MultiScaleContrastiveLoss(nn.Module):
         generator: torch.Generator | Sequence[torch.Generator] | None,
     ) -> list[list[pixels.Anchors]]:
         """Return the anchors of each group of images at each scale, ordered by class."""
+        if isinstance(features, Mapping | Tensor):
+            raise ValueError(
+                f"features must be a list of maps, fine to coarse; found {type(features).__name__}. "
+                "Of a dict pass list(maps.values()), of a single map [map]"
+            )
         features = list(features)
         if len(features) != len(self.scale_weights):
             raise ValueError(f"{len(features)} feature maps for {len(self.scale_weights)} scale weights")
         pixels.check_maps(features, labels)
+        sizes = [tuple(feature.shape[-2:]) for feature in features]
+        if any(finer[0] < coarser[0] or finer[1] < coarser[1] for finer, coarser in pairwise(sizes)):
+            self._warn(
+                "order",
+                f"maps of sizes {sizes} do not go from fine to coarse, as scale_weights and cross_pairs do",
+            )
         for a, b in self.cross_pairs:
             channels = features[a].shape[1], features[b].shape[1]
             if channels[0] != channels[1]:
                 raise ValueError(f"feature maps {a} and {b} are a pair, but have {channels} channels")
         per_group = check_groups(len(labels), self.images_per_group)
         groups = [slice(first, first + per_group) for first in range(0, len(labels), per_group)]
+        caps = (self.min_views, self.max_views, self.max_anchors)
         generators = list(generator) if isinstance(generator, Sequence) else [generator] * len(groups)
         if len(generators) != len(groups):
             raise ValueError(f"{len(generators)} generators for {len(groups)} groups of images")
+        pixels.check_generators(generators)
         reduced = [pixels.downsample_labels(labels, *feature.shape[-2:]) for feature in features]
         draws = [
             pixels.draw_all(level[group], self.ignore_index)
-            if self.caps is None
-            else pixels.draw_balanced(level[group], self.ignore_index, *self.caps, source, by_class=True)
+            if self.sampling == "all"
+            else pixels.draw_balanced(level[group], self.ignore_index, *caps, source, by_class=True)
             for group, source in zip(groups, generators, strict=True)
             for level in reduced
         ]

@@ -84,6 +84,7 @@ def sample_anchors(
     """
     check_maps([features], labels)
     check_caps(min_views, max_views, max_anchors)
+    check_generators([generator])
     reduced = downsample_labels(labels, *features.shape[-2:])
     draw = draw_balanced(reduced, ignore_index, min_views, max_views, max_anchors, generator)
     return select([draw])[0].gather(features)
@@ -110,6 +111,16 @@ def check_caps(min_views: int, max_views: int, max_anchors: int) -> None:
     for name, value in (("min_views", min_views), ("max_views", max_views), ("max_anchors", max_anchors)):
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, found {value!r}")
+
+
+def check_generators(generators: Sequence[object]) -> None:
+    """Raise ValueError unless each is a generator or None, which stands for PyTorch's global generator."""
+    for generator in generators:
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(
+                f"generator must be a torch.Generator or None; found {generator!r}. "
+                "For a seed pass torch.Generator().manual_seed(seed)"
+            )
 
 
 def downsample_labels(labels: Tensor, height: int, width: int) -> Tensor:

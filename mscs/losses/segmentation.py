@@ -43,7 +43,8 @@ def segmentation_loss(
         images_per_group: images averaged together; None means the whole batch.
 
     Raises:
-        ValueError: shapes do not fit, or the batch is not a multiple of `images_per_group`.
+        ValueError: shapes do not fit, the batch is not a multiple of `images_per_group`, or a label is
+            outside the range (looked at on the CPU only; on CUDA the device's own assertion fails).
     """
     if logits.dim() != 4 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(
@@ -61,8 +62,20 @@ def segmentation_loss(
         logits = logits if logits.dtype == torch.float64 else logits.float()
         labels = labels.long()
         weights = logits.new_ones(logits.shape[1]) if class_weights is None else class_weights.to(logits)
-        loss = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="none")
         valid = labels != ignore_index
+        if labels.device.type == "cpu":  # elsewhere a look at the labels would make the host wait every step
+            _check_range(labels[valid], logits.shape[1], ignore_index)
+        loss = F.cross_entropy(logits, labels, weight=weights, ignore_index=ignore_index, reduction="none")
         weight = weights[labels.where(valid, 0)] * valid
         total, mass = (t.reshape(-1, per_group * t[0].numel()).sum(dim=1) for t in (loss, weight))
         return (total / mass.masked_fill(mass == 0, 1)).mean()
+
+
+def _check_range(labels: Tensor, classes: int, ignore_index: int) -> None:
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise ValueError(
+            f"labels must be 0..{classes - 1} or ignore_index = {ignore_index}; found "
+            f"{outside.unique()[:5].tolist()}. Map them, or set ignore_index to the value of the pixels that "
+            "do not count"
+        )

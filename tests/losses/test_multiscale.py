@@ -1,5 +1,7 @@
 """The weighted sum of terms, its groups of images, and its equality over processes."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mscs.losses import MultiScaleContrastiveLoss, contrastive_loss, sample_anchors
-from mscs.seeding import torch_generator
+from mscs.losses.multiscale import EMPTY_STEPS
 
 SIZES = ((16, 24), (8, 12), (4, 6), (2, 3))
 
@@ -23,7 +25,7 @@ def _batch(images: int = 4, sizes: tuple = SIZES, dtype: torch.dtype = torch.flo
 
 
 def _generators(first: int, last: int) -> list[torch.Generator]:
-    return [torch_generator(7, "contrastive", 0, group) for group in range(first, last)]
+    return [torch.Generator().manual_seed(700 + group) for group in range(first, last)]
 
 
 def _grads(loss: MultiScaleContrastiveLoss, features: list[Tensor], labels: Tensor, generator=None):
@@ -159,6 +161,85 @@ def test_inputs_that_do_not_fit_are_named() -> None:
         loss(features, labels, _generators(0, 3))
     with pytest.raises(ValueError, match="3 feature maps for 4 scale weights"):
         loss(features[:3], labels)
+
+
+def test_what_is_no_list_of_maps_or_no_generator_is_named() -> None:
+    features, labels = _batch()
+    loss = MultiScaleContrastiveLoss()
+    with pytest.raises(ValueError, match=r"found dict.*pass list\(maps.values\(\)\)"):
+        loss(dict(enumerate(features)), labels)
+    with pytest.raises(ValueError, match=r"found Tensor.*\[map\]"):
+        loss(features[0], labels)
+    for wrong in (0, [0]):
+        with pytest.raises(ValueError, match=r"found 0\. For a seed pass torch.Generator\(\)"):
+            loss(features, labels, wrong)
+    with pytest.raises(ValueError, match=r"found 0\. For a seed"):
+        sample_anchors(features[0], labels, generator=0)
+
+
+def test_the_record_is_not_added_to_a_loss() -> None:
+    terms = MultiScaleContrastiveLoss()(*_batch())
+    for add in (lambda: torch.ones(()) + terms, lambda: terms + torch.ones(()), lambda: sum([terms])):
+        with pytest.raises(TypeError, match=r"loss \+ terms.total"):
+            add()
+
+
+def test_repr_shows_every_setting() -> None:
+    loss = MultiScaleContrastiveLoss((1.0, 0.5), [(0, 1)], images_per_group=2, sampling="all", min_views=3)
+    assert repr(loss) == (
+        "MultiScaleContrastiveLoss(scale_weights=(1.0, 0.5), cross_pairs=((0, 1),), multi_scale_weight=0.1, "
+        "cross_scale_weight=0.1, temperature=0.1, images_per_group=2, sampling='all', min_views=3, "
+        "max_views=2500, max_anchors=10000, ignore_index=255, backend='auto', precision='auto')"
+    )
+    again = eval(repr(loss), {"MultiScaleContrastiveLoss": MultiScaleContrastiveLoss})
+    assert repr(again) == repr(loss)
+
+
+def test_a_scale_that_stays_empty_is_told_once() -> None:
+    features, labels = _batch(2, ((4, 6), (2, 3)), dtype=torch.float32)
+    loss = MultiScaleContrastiveLoss((1.0, 0.7), ((0, 1),), min_views=5, max_views=2)
+    labels[:], labels[:, :, :48] = 0, 1  # 12 pixels of each class on the first map, 2 or 4 on the second
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(EMPTY_STEPS - 1):
+            loss(features, labels)
+        interrupted = MultiScaleContrastiveLoss((1.0, 0.7), ((0, 1),), min_views=5, max_views=2)
+        for step in range(EMPTY_STEPS + 1):  # a step with pixels starts the count anew
+            interrupted(features if step != EMPTY_STEPS // 2 else [features[0]] * 2, labels)
+    with pytest.warns(UserWarning, match="scale 1 had no pixel .* min_views = 5 .* finer maps") as told:
+        [loss(features, labels) for _ in range(3 * EMPTY_STEPS)]
+    assert len(told) == 1
+
+
+def test_maps_from_coarse_to_fine_are_told_once() -> None:
+    features, labels = _batch()
+    loss = MultiScaleContrastiveLoss()
+    with pytest.warns(UserWarning, match=r"\[\(2, 3\), .* do not go from fine to coarse") as told:
+        [loss(features[::-1], labels) for _ in range(3)]
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss([features[0], features[1], features[1], features[1]], labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_compiled_models_leave_the_loss_uncompiled(backend: str) -> None:
+    features, labels = _batch(dtype=torch.float32)
+    heads = nn.ModuleList(nn.Conv2d(6, 5, 1) for _ in SIZES)
+    loss = MultiScaleContrastiveLoss(min_views=1, backend=backend)
+
+    def step(maps: list[Tensor]) -> Tensor:
+        embeddings = [head(x) for head, x in zip(heads, maps, strict=True)]
+        return loss(embeddings, labels, torch.Generator().manual_seed(0)).total
+
+    def term(maps: list[Tensor]) -> Tensor:
+        return contrastive_loss(heads[3](maps[3]).flatten(2)[0].T, labels[0, ::32, ::32].flatten())
+
+    for function in (step, term):
+        expected = torch.autograd.grad(function(features), heads[3].weight)
+        found = torch.autograd.grad(torch.compile(function, backend="aot_eager")(features), heads[3].weight)
+        torch.testing.assert_close(found, expected)
 
 
 def _model() -> nn.Module:

@@ -56,3 +56,15 @@ def test_misuse_is_named() -> None:
         segmentation_loss(logits, labels[:, :3])
     with pytest.raises(ValueError, match="multiple of images_per_group"):
         segmentation_loss(logits, labels, images_per_group=3)
+
+
+@pytest.mark.parametrize("found", [-100, -1, 7])
+def test_labels_out_of_range_are_named(found: int) -> None:
+    logits, labels = _batch()
+    classes = logits.shape[1]
+    labels = labels.clone()
+    labels[0, 0, 0] = found if found < 0 else classes
+    with pytest.raises(
+        ValueError, match=rf"0\.\.{classes - 1} or ignore_index = 255; found \[{labels[0, 0, 0]}\]"
+    ):
+        segmentation_loss(logits, labels)

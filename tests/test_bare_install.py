@@ -1,0 +1,79 @@
+"""What works with PyTorch alone, as `pip install` without an extra leaves it."""
+
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# PyTorch and what it requires itself
+TORCH = (
+    *(
+        "torch",
+        "torchgen",
+        "functorch",
+        "triton",
+        "nvidia",
+        "sympy",
+        "isympy",
+        "mpmath",
+        "networkx",
+        "jinja2",
+    ),
+    *("markupsafe", "filelock", "fsspec", "setuptools", "pkg_resources", "typing_extensions"),
+)
+BLOCK = """
+import sys
+sys.modules |= dict.fromkeys(BLOCKED)  # None: not to be found
+"""
+USE = """
+import torch
+from mscs.losses import *
+maps = [torch.randn(2, 8, size, size, requires_grad=True) for size in (16, 8)]
+labels = torch.randint(3, (2, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+loss = MultiScaleContrastiveLoss((1.0, 0.7), ((0, 1),))
+total = loss(maps, labels).total + segmentation_loss(torch.randn(2, 3, 32, 32), labels)
+total.backward()
+assert maps[0].grad.abs().sum() > 0
+contrastive_loss(torch.randn(600, 8), torch.randint(3, (600,)))
+own = [name for name in sys.modules if name.startswith("mscs.") and not name.startswith("mscs.losses")]
+assert not own, own
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    blocked = {*packages_distributions(), "yaml"} - {*TORCH, "mscs", "reproduce"}
+    return subprocess.run(
+        [sys.executable, "-c", f"BLOCKED = {blocked!r}{BLOCK}{code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_losses_need_torch_alone():
+    done = run(USE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_names_the_missing_extra():
+    done = run("from mscs.__main__ import main; sys.exit(main())")
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("mscs: error: this command needs ")
+    assert "pip install 'mscs[train]'" in line
+    assert "mscs.losses" in line
+
+
+def test_an_error_in_the_command_line_itself_is_not_hidden():
+    done = run("sys.modules['mscs.cli'] = None\nfrom mscs.__main__ import main; sys.exit(main())")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_the_base_install_is_torch_and_mscs():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    [requirement] = settings["project"]["dependencies"]
+    assert requirement.startswith("torch>=")
+    assert settings["tool"]["setuptools"]["packages"]["find"]["include"] == ["mscs*"]
