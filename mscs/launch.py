@@ -96,34 +96,40 @@ def predict(
 ) -> None:
     """Write what the first seed of a job, or a weights file, answers to images and folders of images.
 
-    An image that cannot be read does not stop the others.
-
     Raises:
         UsageError: a path that holds no image, or no weights.
-        MscsError: images that could not be read, all named.
+        MscsError: images that could not be read, all named; the others have their predictions.
     """
     check_packages(accept=job.accept_packages)
 
     with loading():
         from tqdm import tqdm
 
+        from mscs import build
+        from mscs.datasets.base import decode_image, read_bytes
         from mscs.datasets.registry import dataset_spec
         from mscs.distributed import join_world
         from mscs.predictions import pictures_in, write_views
-        from mscs.runs import ask_seed
+        from mscs.runs import check_weights
 
-    pictures = pictures_in(paths)
-    labels = dataset_spec(job.settings.data.name).labels(job.settings.data.task)
+    settings, files, pictures = job.settings, job.files(job.seeds[0]), pictures_in(paths)
+    if checkpoint is None:
+        check_weights(settings, job.seeds[0], files)
+    labels = dataset_spec(settings.data.name).labels(settings.data.task)
+    top = settings.data.reflect_pad[0] if settings.evaluation.score_padding else 0
     problems = []
+    build.apply_machine_settings(settings)
     with join_world(job.device) as world:
-        answer = ask_seed(job, job.seeds[0], world, checkpoint)
-        for picture in tqdm(pictures, desc=f"predict {job.settings.run}", unit="image", disable=None):
+        predictor = build.predictor(settings, labels.num_classes, checkpoint or files.weights, world.device)
+        for picture in tqdm(pictures, desc=f"predict {settings.run}", unit="image", disable=None):
             try:
-                image, prediction = answer(picture, multi_scale)
-            except MscsError as error:
-                problems.append(str(error))
-            else:
-                write_views(folder, labels, picture.stem, image, prediction)
+                image = decode_image(read_bytes(picture), picture)
+                scores = predictor.scores(image, multi_scale=multi_scale)
+            except MscsError as error:  # broken, or smaller than the network's stride
+                problems.append(str(error) if str(picture) in str(error) else f"{picture}: {error}")
+                continue
+            ids = scores.argmax(0)[top : top + len(image)]
+            write_views(folder, labels, picture.stem, image, ids.cpu().numpy())
     print(f"{len(pictures) - len(problems)} of {len(pictures)} images: ids, color, overlay in {folder}")
     if problems:
         raise MscsError("\n  ".join([f"{len(problems)} images have no prediction:", *problems]))

@@ -318,7 +318,7 @@ def _choice(key: str, value: Any, accepted: Any, where: str) -> None:
 
 def _drop_options(draft: _Draft, backbone: str) -> tuple[str, ...]:
     """Drop the options that only the backbone before knows, if the new one is of another family; say so."""
-    before = draft.values["backbone"]
+    before = draft.values.get("backbone", backbone)
     families = [re.split("[^a-z]", name)[0] for name in (before, backbone)]
     if families[0] == families[1]:
         return ()

@@ -82,7 +82,7 @@ def write_views(folder: Path, labels: LabelSet, name: str, image: np.ndarray, pr
         labels: what the training ids mean.
         name: of the picture, without a suffix.
         image: uint8 (H, W, 3), RGB.
-        prediction: uint8 (H, W), training ids.
+        prediction: integer (H, W), training ids.
     """
     write_prediction(folder / "ids", labels, name, prediction)
     color = Image.fromarray(np.array(labels.colors, np.uint8)[prediction])

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from mscs import build
 from mscs.checkpoint import differences, lock, prune, read_header, save_weights
-from mscs.datasets.base import MANIFEST, decode_image, read_bytes
-from mscs.datasets.registry import dataset_spec
+from mscs.datasets.base import MANIFEST
 from mscs.datasets.spec import GENERATED
 from mscs.distributed import World, barrier
 from mscs.errors import MscsError
@@ -112,29 +110,6 @@ def evaluate_seed(
         if checkpoint is None:
             prune(checkpoint_folder(settings, seed), keep=0)
     return record
-
-
-def ask_seed(
-    job: Job, seed: int, world: World, checkpoint: Path | None = None
-) -> Callable[[Path, bool], tuple[np.ndarray, np.ndarray]]:
-    """Return what reads an image file and answers, at one scale or several.
-
-    The answer: uint8 (H, W, 3) RGB as stored, and training ids uint8 (H, W). Weights as in `evaluate_seed`.
-    """
-    settings, files = job.settings, job.files(seed)
-    if checkpoint is None:
-        check_weights(settings, seed, files)
-    build.apply_machine_settings(settings)
-    classes = dataset_spec(settings.data.name).labels(settings.data.task).num_classes
-    predictor = build.predictor(settings, classes, checkpoint or files.weights, world.device)
-    top = settings.data.reflect_pad[0] if settings.evaluation.score_padding else 0
-
-    def answer(path: Path, multi_scale: bool) -> tuple[np.ndarray, np.ndarray]:
-        image = decode_image(read_bytes(path), path)
-        ids = predictor.scores(image, multi_scale=multi_scale).argmax(0)[top : top + len(image)]
-        return image, ids.cpu().numpy().astype(np.uint8)
-
-    return answer
 
 
 def _validation(job: Job, world: World) -> Callable[[nn.Module], float]:

@@ -65,7 +65,10 @@ def test_a_broken_image_is_named_and_the_others_are_predicted(trained, project, 
     shutil.copy(good, project / "photos" / "good.png")
     (project / "photos" / "bad.png").write_bytes(good.read_bytes()[:300])
     assert main(["predict", RUN, "photos", *SMALL, "--out", "out"]) == 1
+    Image.new("RGB", (8, 8)).save("photos/tiny.png")
     assert "photos/bad.png: cannot be decoded" in capsys.readouterr().err
+    assert main(["predict", RUN, "photos", *SMALL, "--out", "out"]) == 1
+    assert "photos/tiny.png: images are 8x8 pixels" in capsys.readouterr().err
     assert [path.name for path in (project / "out" / "color").iterdir()] == ["good.png"]
 
 
