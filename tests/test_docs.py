@@ -3,7 +3,8 @@
 Commands are parsed by the programs' own parsers. Those that only print or write small files are run, in an
 empty folder with the settings; those that read the history run in a clone, those that train mini or measure
 in a copy with a still smaller mini (both slow). What needs real data, weights or a GPU is only parsed; the
-containers have tests of their own. A Python block that takes seconds says ```python slow.
+containers have tests of their own. A Python block that takes seconds says ```python slow; one that says
+```python torchrun runs in two processes.
 """
 
 import ast
@@ -438,12 +439,19 @@ def python_blocks():
     for page in NAMES:
         for index, (info, text) in enumerate(blocks(page, "python")):
             marks = [pytest.mark.slow] if "slow" in info.split() else []
-            yield pytest.param(page, text, id=f"{page}-{index}", marks=marks)
+            processes = 2 if "torchrun" in info.split() else 1
+            yield pytest.param(page, text, processes, id=f"{page}-{index}", marks=marks)
 
 
-@pytest.mark.parametrize(("page", "text"), python_blocks())
-def test_python_block_runs(page, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "text", "processes"), python_blocks())
+def test_python_block_runs(page, text, processes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if processes > 1:
+        (tmp_path / "block.py").write_text(text)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        done = subprocess.run([*launch, str(processes), "block.py"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return
     exec(compile(text, page, "exec"), {"__name__": "__main__"})
 
 

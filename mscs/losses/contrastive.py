@@ -11,6 +11,7 @@ and gradient need three numbers per anchor, so no backend but "reference" ever h
 
 import math
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ Rows = tuple[Tensor, Tensor]  # rows (N, C), and the (N,) classes that they are 
 BACKENDS = ("auto", "reference", "tiled", "triton")
 PRECISIONS = ("auto", "fp32", "fp16")
 _REFERENCE_PAIRS = 512 * 512  # below this many pairs the dense formula is the fastest on a CPU
+OLDEST_TRITON = (3, 2)  # with older ones the kernels give other numbers
 MAX_TRITON_CHANNELS = 256  # a row of either operand stays on chip as one block
 _BOUNDED_EXPONENT = 80.0  # the exponents of unit rows span 2/temperature: exp() of them fits float32
 
@@ -191,8 +193,20 @@ def _resolve(backend: str, x: Tensor, columns: int, bounded: bool) -> str:
             f"normalize=True and a temperature of at least {2 / _BOUNDED_EXPONENT}; found {x.dtype} on "
             f'{x.device} with {x.shape[1]} channels. Use backend "auto" or "tiled"'
         )
+    if backend == "triton" and not triton_is_usable():
+        raise ValueError('backend "triton" needs Triton from {}.{}; use "auto"'.format(*OLDEST_TRITON))
     if backend != "auto":
         return backend
-    if fits and x.is_cuda and find_spec("triton"):
+    if fits and x.is_cuda and triton_is_usable():
         return "triton"
     return "reference" if len(x) * columns <= _REFERENCE_PAIRS else "tiled"
+
+
+@cache
+def triton_is_usable() -> bool:
+    """Return whether Triton is installed, in a version that the kernels have been checked with."""
+    if not find_spec("triton"):
+        return False
+    import triton  # heavy, and asked for on CUDA only
+
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from mscs.losses import MultiScaleContrastiveLoss, contrastive_loss
+from mscs.losses.contrastive import triton_is_usable
 
-pytest.importorskip("triton")
+if not triton_is_usable():
+    pytest.skip("needs Triton, not older than contrastive.OLDEST_TRITON", allow_module_level=True)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -35,6 +37,18 @@ def test_logic_in_the_interpreter() -> None:
 def test_importing_the_losses_does_not_import_triton() -> None:
     code = "import sys, mscs.losses; sys.exit('mscs.losses.triton_kernels' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Release 3.1 interprets the kernels without an error, to wrong numbers."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr("triton.__version__", "3.1.0")
+    triton_is_usable.cache_clear()
+    with pytest.raises(ValueError, match=r'needs Triton from 3\.2; use "auto"'):
+        contrastive_loss(torch.randn(4, 8), torch.tensor([0, 0, 1, 1]), backend="triton")
+    monkeypatch.undo()
+    triton_is_usable.cache_clear()
+    assert triton_is_usable()
 
 
 @pytest.mark.slow
