@@ -203,8 +203,9 @@ def test_random_weights_in_profile_paper_must_be_asked_for_by_name(project, caps
     path.write_text(path.read_text().replace("pretrained: true", "pretrained: false"))
     assert main(["train", RUN, "--profile", "paper"]) == 2
     assert "--set pretrained=false" in capsys.readouterr().err
-    assert main(["train", RUN, "--profile", "paper", "--set", "pretrained=false"]) == 2
-    assert "no dataset" in capsys.readouterr().err
+    for asked in ("pretrained=false", "initial_weights=w.pth"):
+        assert main(["train", RUN, "--profile", "paper", "--set", asked]) == 2
+        assert "no dataset" in capsys.readouterr().err
 
 
 def test_a_restarted_process_does_not_start_afresh_again(project, generated, capsys, monkeypatch):

@@ -260,6 +260,8 @@ NOTHING = ("log_every=7", "checkpoint_every=7", "threads=7", "seeds=[7]")
         (PLAIN, "ms_scales=[0.5]", []),
         (PLAIN, "temperature=0.2", []),
         (PLAIN, "embedding_subsample=2", []),
+        (PLAIN, "initial_weights=w.pth", ["train"]),
+        *((PLAIN, f"validate_every={steps}", []) for steps in ("null", "5")),
         (OURS, "temperature=0.2", ["train"]),
         (SWIN_MS, "ms_scales=[0.5]", ["evaluate"]),
         (SWIN_MS, "warmup_steps=7", ["train"]),
