@@ -155,7 +155,7 @@ class MultiScaleContrastiveLoss(nn.Module):
         weighted = sum(w * term for w, term in zip(self.scale_weights, multi_scale, strict=True))
         total = self.multi_scale_weight * weighted + self.cross_scale_weight * cross_scale.sum()
         anchors, sets, views = torch.tensor(counts, dtype=torch.int64).unbind(dim=-1)
-        self._watch(anchors.amax(dim=0).tolist())
+        self._watch([max(found[scale][0] for found in counts) for scale in range(len(drawn))])
         return LossTerms(total, multi_scale, cross_scale, anchors, sets, views)
 
     def _watch(self, most_anchors: Sequence[int]) -> None:
