@@ -12,7 +12,6 @@ and gradient need three numbers per anchor, so no backend but "reference" ever h
 import math
 import os
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,8 +204,8 @@ def _resolve(backend: str, x: Tensor, columns: int, bounded: bool) -> str:
 @cache
 def triton_is_usable() -> bool:
     """Return whether Triton is installed, in a version that the kernels have been checked with."""
-    if not find_spec("triton"):
+    try:
+        import triton  # heavy, and asked for on CUDA only
+    except ImportError:  # old releases do so too where setuptools is missing, which they do not require
         return False
-    import triton  # heavy, and asked for on CUDA only
-
     return tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON
