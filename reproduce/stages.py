@@ -7,7 +7,7 @@ params.yaml directly.
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from mscs import launch
@@ -84,7 +84,7 @@ def tsne(profile: str) -> None:
     """Draw Fig. 1."""
     from reproduce.tsne import write_tsne
 
-    baseline, ours = (_trained(profile, run) for run in TSNE_RUNS)
+    baseline, ours = (list(_trained(profile, run)) for run in TSNE_RUNS)
     write_tsne(baseline, ours, RESULTS / profile / "figures", Results(profile).stamp)
 
 
@@ -95,7 +95,7 @@ def qualitative(profile: str) -> None:
     folder, stamp = RESULTS / profile / "figures", Results(profile).stamp
     facts = {}
     for figure, pair in Pipeline(load_params(), profile).pairs.items():
-        baseline, ours = (_trained(profile, run)[0] for run in pair)
+        baseline, ours = (next(_trained(profile, run)) for run in pair)
         facts[figure] = write_comparisons(figure, baseline, ours, folder, stamp)
     write_json(folder / "qualitative.json", facts)
 
@@ -112,18 +112,18 @@ VERBS: dict[str, Callable[..., int | None]] = {
 }
 
 
-def _trained(profile: str, run: str) -> "list[TrainedRun]":
-    """Return the networks of a run, one per seed."""
+def _trained(profile: str, run: str) -> "Iterator[TrainedRun]":
+    """Yield the networks of a run, seed by seed; the weights of a seed are needed when it is asked for."""
     from mscs.runs import check_weights
     from reproduce.trained import TrainedRun
 
     settings = read_resolved(resolved_path(profile), run)
     root = data_root(settings)
     launch.require_data(settings, root)
-    files = {seed: SeedFiles(profile, run, seed) for seed in settings.seeds}
-    for seed, found in files.items():
-        check_weights(settings, seed, found)
-    return [TrainedRun(settings, found.weights, root, run) for found in files.values()]
+    for seed in settings.seeds:
+        files = SeedFiles(profile, run, seed)
+        check_weights(settings, seed, files)
+        yield TrainedRun(settings, files.weights, root, run)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
