@@ -33,7 +33,7 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
     pipeline did not record its stage, they are made again in seconds.
     """
     settings, files = job.settings, job.files(seed)
-    if not job.fresh and is_trained(settings, seed, files):
+    if not job.fresh and is_trained(settings, seed, files, data_digest(job.data_root)):
         return False
     build.apply_machine_settings(settings)
     dataset = build.open_dataset(settings, settings.data.train_split, job.data_root)
@@ -55,6 +55,7 @@ def train_seed(job: Job, seed: int, world: World) -> bool:
             world,
             dataset,
             checkpoints,
+            data_digest(job.data_root),
             4 * (world.device.type == "cuda") if job.workers is None else job.workers,
             accept_changed=job.accept_changed,
             observers=job.observers if world.is_main else (),
@@ -103,7 +104,8 @@ def evaluate_seed(
         settings, seed, checkpoint or files.weights, job.data_root, world, split=split, save=save
     )
     if checkpoint is None:
-        record |= {"digest": settings.digest(), "numerics": settings.numerics["train"]}
+        scored = {"digest": settings.digest("evaluate"), "numerics": settings.numerics["evaluate"]}
+        record |= {"digest": settings.digest(), "numerics": settings.numerics["train"], "evaluation": scored}
     if world.is_main:
         write_json(folder / "evaluation.json", record)
         write_json(folder / "confusion.json", {name: nonzero(m) for name, m in matrices.items()})
@@ -125,12 +127,19 @@ def _validation(job: Job, world: World) -> Callable[[nn.Module], float]:
     return validate
 
 
-def is_trained(settings: Settings, seed: int, files: SeedFiles) -> bool:
-    """Return whether all files of a seed's training are there, made under these very settings."""
+def is_trained(settings: Settings, seed: int, files: SeedFiles, data: str | None) -> bool:
+    """Return whether all files of a seed's training are there, made under these settings from this data."""
     with contextlib.suppress(MscsError):
         check_weights(settings, seed, files)
-        return all(path.exists() for path in (files.record, files.losses, files.metrics))
+        made_from = read_mapping(files.record).get("data", {}).get("digest")
+        return made_from == data and files.losses.exists() and files.metrics.exists()
     return False
+
+
+def data_digest(root: Path) -> str | None:
+    """Return the digest over all files of a dataset, from its manifest; None where it has none."""
+    manifest = root / MANIFEST
+    return read_mapping(manifest)["digest"] if manifest.is_file() else None
 
 
 def check_weights(settings: Settings, seed: int, files: SeedFiles) -> None:
@@ -172,7 +181,7 @@ def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
     model = settings.model
     on_gpu = world.device.type == "cuda"
     root = trainer.dataset.root
-    manifest, marker = root / MANIFEST, root / GENERATED
+    marker = root / GENERATED
     return {
         "settings": settings.flat(),
         "digest": settings.digest(),
@@ -187,7 +196,7 @@ def _facts(trainer: Trainer, files: SeedFiles) -> dict[str, Any]:
         "sessions": sessions,
         "data": {
             "root": str(root),
-            "digest": read_mapping(manifest)["digest"] if manifest.is_file() else None,
+            "digest": data_digest(root),
             "generated": read_mapping(marker) if marker.is_file() else None,
         },
         "pretrained_weights": pretrained_record(model.backbone, model.initial_weights or model.pretrained),

@@ -269,12 +269,17 @@ class Settings(Block):
 
     def digest(self, phase: Phase = "train") -> str:
         """Return a 12-digit fingerprint of the settings that decide `phase`, without the code's versions."""
-        found = {key: value for key, value in self.identity(phase).items() if key != "numerics"}
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+        return fingerprint(self.identity(phase))
 
     def flat(self) -> dict[str, Any]:
         """Return all values in use by flat key, as JSON values; `from_flat` is the inverse."""
         return {key: value for key, _, value in self.walk()}
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """Return 12 digits that stand for the settings in an identity, without the code's versions."""
+    found = {key: value for key, value in identity.items() if key != "numerics"}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _contradictions(settings: Settings) -> Iterator[str]:

@@ -43,6 +43,8 @@ class Trainer:
     world: World
     dataset: Dataset
     checkpoints: Path
+    data_digest: str | None = None
+    """Of the files that the run is trained on: a checkpoint made from others is refused."""
     workers: int = 0
     accept_changed: bool = False
     """Go on from a checkpoint that another version of the code has written."""
@@ -232,4 +234,5 @@ class Trainer:
         return step
 
     def _identity(self) -> dict[str, Any]:
-        return {**self.settings.identity("train"), "seed": self.seed}
+        identity = self.settings.identity("train")
+        return {**identity, "seed": self.seed, "data_digest": self.data_digest}

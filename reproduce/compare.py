@@ -5,7 +5,7 @@ tree. Only params.yaml and the small result files are read, so a clone without d
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import yaml
 from mscs.errors import UsageError
 from mscs.params import Params
 from mscs.paths import RESULTS, resolve_all
+from mscs.results import read_json
+from mscs.settings import fingerprint
 from reproduce.cells import Cell, cells
 from reproduce.rendering import markdown_page, markdown_table
 from reproduce.revisions import checkout, differences, find_commit
@@ -80,7 +82,7 @@ def compare(first: Revision, second: Revision, profile: str | None = None) -> di
     results = first.results(profile), second.results(profile)
     old, new = _named(before), _named(after)
     touched = {name for name in {**old, **new} if old.get(name) != new.get(name)}
-    rows = [_cell_row(cell, *results) for cell in cells() if cell.run is not None]
+    rows = [_cell_row(cell, *results, new) for cell in cells() if cell.run is not None]
     return {
         "profile": profile,
         "first": {"name": first.name, "commit": first.commit},
@@ -93,6 +95,7 @@ def compare(first: Revision, second: Revision, profile: str | None = None) -> di
             if name in touched
         },
         "untouched_runs": sorted(after["runs"].keys() - touched),
+        "made_with": {run: found for run in after["runs"] if (found := _made_differently(run, *results))},
         "data": [name for name in after["datasets"] if _data_differ(name, *results)],
         "moved": [row for row in rows if row["verdict"] not in ("unchanged", "not run")],
         "unchanged": [row for row in rows if row["verdict"] == "unchanged"],
@@ -119,25 +122,59 @@ def _scores(run: str, *results: Results) -> dict[str, Any]:
     return {"scores": {mode: pair for mode, pair in pairs.items() if pair != [None, None]}}
 
 
+def _made_differently(run: str, *results: Results) -> dict[str, Any]:
+    """Return in what two trainings of a run differ by their records: code, packages, machine, data."""
+    found = []
+    for one in results:
+        record = one.record(run)
+        if not record:
+            return {}
+        found.append(
+            {
+                "settings": record.get("digest"),
+                "code": record.get("settings", {}).get("numerics", {}).get("train"),
+                "packages": record.get("packages"),
+                "machine": {key: record.get("machine", {}).get(key) for key in ("cpu", "gpus", "cuda")},
+                "data": record.get("data", {}).get("digest"),
+            }
+        )
+    return differences(*found)
+
+
+def _is_stale(run: str, results: Results, settings: Mapping[str, Any]) -> bool:
+    """Return whether a run's scores were made under other settings or versions of the code."""
+    by_phase = settings.get(run)
+    for path in results.seed_files(run, "evaluation.json") if by_phase else ():
+        scored = read_json(path)
+        for phase, made in (("train", scored), ("evaluate", scored.get("evaluation"))):
+            now = fingerprint(by_phase[phase]), by_phase[phase]["numerics"]
+            if made and "digest" in made and (made["digest"], made.get("numerics")) != now:
+                return True
+    return False
+
+
 def _data_differ(dataset: str, *results: Results) -> bool:
     """Return whether a dataset's files differ, as far as both sides know."""
     first, second = (one.read(f"data/{dataset}.json").get("digest") for one in results)
     return None not in (first, second) and first != second
 
 
-def _cell_row(cell: Cell, *results: Results) -> dict[str, Any]:
+def _cell_row(cell: Cell, first: Results, second: Results, settings: Mapping[str, Any]) -> dict[str, Any]:
+    results = first, second
     before, after = (_value(one, cell) for one in results)
     scored = cell.read in ("ss", "ms")
+    runs = [run for run in (cell.run, cell.over) if run is not None]
     difference = after - before if isinstance(before, float) and isinstance(after, float) else None
     error = None
-    if before == after:
+    if after is not None and scored and any(_is_stale(run, second, settings) for run in runs):
+        verdict = "stale"  # its settings or the code's versions changed after it was made
+    elif before == after:
         difference, verdict = None, "not run" if after is None else "unchanged"
     elif None in (before, after):
         verdict = "new" if before is None else "gone"
     elif difference is None or not scored:
         verdict = "changed"
     else:
-        runs = [run for run in (cell.run, cell.over) if run is not None]
         error = standard_error(*(one.score(run, cell.read) for one in results for run in runs))
         if error is None:
             verdict = "moved; seed noise unknown, too few seeds"
@@ -169,14 +206,16 @@ def as_text(document: Mapping[str, Any]) -> str:
     edits = [[key, *map(_show, pair)] for key, pair in document["params"].items()]
     runs = []
     for run, facts in document["runs"].items():
-        changes = [f"{key}: {_show(old)} → {_show(new)}" for key, (old, new) in facts["settings"].items()]
-        scores = [f"{mode} {_show(old)} → {_show(new)}" for mode, (old, new) in facts["scores"].items()]
-        runs.append([run, "; ".join(changes) or facts["status"], "; ".join(scores)])
+        runs.append([run, _edits(facts["settings"]) or facts["status"], _edits(facts["scores"])])
     moved, unchanged = ([_cell_texts(row) for row in document[key]] for key in ("moved", "unchanged"))
     values = ["table", "row", "column", a, b, "difference", "verdict"]
     sections = {
         "Changed parameters (params.yaml)": (["key", a, b], edits),
         "Touched runs and data settings": (["run", "settings", "mIoU"], runs),
+        "Trained with something else (first seed's run.json)": (
+            ["run", "what differs"],
+            [[run, _edits(found)] for run, found in document["made_with"].items()],
+        ),
         "Changed data files": (["dataset"], [[name] for name in document["data"]]),
         "Moved cells": (values, moved),
         "Unchanged cells": (values, unchanged),
@@ -193,6 +232,10 @@ def _cell_texts(row: Mapping[str, Any]) -> list[str]:
     difference += f" ± {row['error']:.2f}" if row["error"] is not None else ""
     shown = [_show(row["first"]), _show(row["second"])]
     return [row["table"], row["row"], row["column"], *shown, difference, row["verdict"]]
+
+
+def _edits(found: Mapping[str, Sequence[Any]]) -> str:
+    return "; ".join(f"{key}: {_show(old)} → {_show(new)}" for key, (old, new) in found.items())
 
 
 def _show(value: Any) -> str:

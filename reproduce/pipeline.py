@@ -227,8 +227,10 @@ class Pipeline:
         results, weights = f"{RESULTS}/runs/${{item.run}}/seed-{seed}", _weights("${item.run}", seed)
         deps = [f"{RESULTS}/data/{dataset}.json"]
         if verb == "train":
-            outs, curve = [weights], _out(f"{results}/losses.csv", x="step", y="loss")
-            made = self._made(outs, [_out(f"{results}/train.json")], [curve])
+            # they stay in place when the stage runs, which takes what `mscs train` made for what it makes
+            stays = {"persist": True}
+            curve = _out(f"{results}/losses.csv", x="step", y="loss", **stays)
+            made = self._made([{weights: stays}], [_out(f"{results}/train.json", **stays)], [curve])
         else:
             deps.append(weights)
             made = self._made([_out(f"{results}/confusion.json")], [_out(f"{results}/evaluation.json")])
@@ -239,7 +241,12 @@ class Pipeline:
         """Return what a stage makes. Metrics and plots are those of profile paper only: see `_shown`."""
         if self.profile == "paper":
             return {"outs": outs, "metrics": metrics, **({"plots": list(plots)} if plots else {})}
-        return {"outs": [*outs, *(_out(path) for found in (*metrics, *plots) for path in found)]}
+        plain = [
+            {path: {key: options[key] for key in ("cache", "persist") if key in options}}
+            for found in (*metrics, *plots)
+            for path, options in found.items()
+        ]
+        return {"outs": [*outs, *plain]}
 
     def _data(self, datasets: list[str]) -> dict[str, Any]:
         deps = ["mscs/datasets/verify.py", "mscs/datasets/${item.dataset}.py"]

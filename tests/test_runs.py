@@ -2,10 +2,13 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import yaml
 from mscs import runs
 from mscs.checkpoint import read_weights, save_checkpoint, save_weights
 from mscs.cli import main
+from mscs.datasets.base import MANIFEST
 from mscs.distributed import World
 from mscs.errors import MscsError, UsageError
 from mscs.job import Job
@@ -21,7 +25,7 @@ from mscs.launch import check_processes
 from mscs.monitor import Stopped
 from mscs.paths import checkpoint_folder
 from mscs.results import file_sha256, read_json, write_json
-from mscs.runs import evaluate_seed, is_trained, summary, train_seed
+from mscs.runs import data_digest, evaluate_seed, is_trained, summary, train_seed
 from mscs.train import Trainer
 
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
@@ -205,7 +209,7 @@ def test_weights_of_another_training_are_not_scored(new_job, monkeypatch, other)
         changed = job.settings.model_copy(update={"numerics": {**job.settings.numerics, **newer}})
         job = Job(settings=changed, seeds=[0], folder=RUN, root=job.root)
     seed = int(other == "seed")
-    assert not is_trained(job.settings, seed, job.files(seed))
+    assert not is_trained(job.settings, seed, job.files(seed), data_digest(job.data_root))
     with pytest.raises(
         MscsError, match="weights of other settings, another seed or another version"
     ) as caught:
@@ -291,9 +295,9 @@ def test_a_training_that_replaces_another_is_done_when_its_record_is_written(new
         with pytest.raises(MscsError, match="disk is full"):
             train(job)
     assert written == ["run.json", "train.json"]
-    assert not is_trained(job.settings, 0, files)
+    assert not is_trained(job.settings, 0, files, data_digest(job.data_root))
     assert train(job)
-    assert is_trained(job.settings, 0, files)
+    assert is_trained(job.settings, 0, files, data_digest(job.data_root))
 
 
 def test_an_interrupted_training_under_other_settings_is_named(new_job, capsys):
@@ -352,3 +356,18 @@ def test_summary_averages_the_tail_without_overflown_gradients():
     assert summary(history) == {"loss": 8.5, "gradient_norm": None}
     history[-1]["gradient_norm"] = 3.0
     assert summary(history)["gradient_norm"] == 3.0
+
+
+def test_a_training_on_other_images_is_another_training(new_job):
+    """Neither its weights nor its checkpoints count, whether or not the settings are the same."""
+    job = new_job()
+    job = dataclasses.replace(job, root=Path(shutil.copytree(job.data_root, "images")))
+    write_json(job.data_root / MANIFEST, {"digest": "first"})
+    assert train(job)
+    assert not train(job)
+    write_json(job.data_root / MANIFEST, {"digest": "second"})
+    assert not is_trained(job.settings, 0, job.files(0), "second")
+    with pytest.raises(UsageError, match=r"data_digest: 'first' -> 'second'.*--fresh"):
+        train(job)
+    assert train(dataclasses.replace(job, fresh=True))
+    assert read_json(job.files(0).record)["data"]["digest"] == "second"

@@ -22,13 +22,20 @@ def git(*arguments):
     return done.stdout.strip()
 
 
-def write_results(values):
-    """Write the mIoU per seed of some runs, and resolved.json."""
+def write_results(values, torch="2.9.0"):
+    """Write the mIoU per seed of some runs and what they were made with, and resolved.json."""
     write_json("results/mini/resolved.json", resolve_all(load_params(), "mini"))
     for run, seeds in values.items():
+        settings = load_params().resolve(run).settings
+        versions = {"numerics": settings.numerics["train"]}
+        evaluation = {"digest": settings.digest("evaluate"), "numerics": settings.numerics["evaluate"]}
+        costs = {"seconds": 1.0, "gpu_hours": None, "peak_bytes": 1}
+        record = {"digest": settings.digest(), "settings": settings.flat() | {"numerics": settings.numerics}}
         for seed, miou in enumerate(seeds):
-            path = Path("results/mini/runs") / run / f"seed-{seed}" / "evaluation.json"
-            write_json(path, {"ss": {"seeds": {str(seed): {"miou": miou}}}})
+            folder = Path("results/mini/runs") / run / f"seed-{seed}"
+            scores = {"ss": {"seeds": {str(seed): {"miou": miou}}}, "digest": settings.digest()}
+            write_json(folder / "evaluation.json", scores | versions | {"evaluation": evaluation})
+            write_json(folder / "run.json", record | costs | {"packages": {"torch": torch}})
 
 
 @pytest.fixture
@@ -47,7 +54,7 @@ def clone(tmp_path, monkeypatch):
     git("commit", "-q", "-m", "first")
     git("tag", "before")
     Path("params.yaml").write_text(text.replace(SCHEDULE, SCHEDULE.replace("1.0e-2", "2.0e-2")))
-    write_results({RUN: [45.0, 46.0, 47.0], one: [51.0, 52.0], two: [33.0], **same})
+    write_results({RUN: [45.0, 46.0, 47.0], one: [51.0, 52.0], two: [33.0], **same}, torch="2.10.0")
     git("commit", "-q", "-a", "-m", "second")
     return tmp_path
 
@@ -96,10 +103,28 @@ def test_the_working_tree_and_experiments_are_revisions(clone, capsys):
     )
     found = document_of("main", ".")
     assert found["params"] == {"defaults.temperature": [0.1, 0.2]}
-    assert found["moved"] == []
+    assert {row["verdict"] for row in found["moved"]} == {"stale"}
+    assert all("ours" in row["run"] for row in found["moved"])
+    assert [row["run"] for row in found["unchanged"] if "ours" in row["run"]] == []
     assert found["remarks"][0].startswith("working tree: params.yaml changed after its results")
     assert main(["compare", "main", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["second"] == {"name": "working tree", "commit": None}
+
+
+def test_a_score_is_stale_after_a_change_of_how_it_is_made(clone):
+    changed = Path("params.yaml").read_text().replace("absent_classes: skip", "absent_classes: zero")
+    Path("params.yaml").write_text(changed)
+    found = document_of("main", ".")
+    assert {row["verdict"] for row in found["moved"]} == {"stale"}
+    assert found["unchanged"] == []
+
+
+def test_what_else_two_trainings_differ_in_is_named(clone):
+    packages = {"packages.torch": ["2.9.0", "2.10.0"]}
+    found = document_of("before", "main")["made_with"]
+    assert found["cityscapes-upernet-r101-ours"] == packages
+    assert found[RUN].items() > packages.items()
+    assert set(found[RUN]) == {"settings", "packages.torch"}
 
 
 def test_a_raised_version_touches_the_runs_that_use_the_unit(clone):
