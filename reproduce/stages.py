@@ -139,7 +139,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int | None:
     if not resolved_path(args.profile).exists() and args.verb != "resolve":
         raise MscsError(f"{resolved_path(args.profile)} is missing; run `dvc repro resolve` first")
-    if wants_container(args.profile):
+    if args.verb != "resolve" and wants_container(args.profile):  # it reads and writes text only
         return run_in_container(args.verb, args.profile, args.names)
     return VERBS[args.verb](args.profile, *args.names)
 

@@ -87,8 +87,12 @@ def test_a_training_depends_on_its_settings_and_data_and_an_evaluation_on_weight
         weights = f"work/mini/runs/{run}/weights/seed-0.safetensors"
         train, evaluate = (found[name] for name in pipeline.stages_of(run))
         assert (train["deps"], evaluate["deps"]) == ([data], [data, weights])
-        assert train["outs"][0] == weights
-        assert all(list(options) == ["cache"] for out in train["outs"][1:] for options in out.values())
+        assert train["outs"][0] == {weights: {"persist": True}}
+        assert all(
+            options == {"cache": False, "persist": True}
+            for out in train["outs"][1:]
+            for options in out.values()
+        )
         for verb, stage in (("train", train), ("evaluate", evaluate)):
             assert stage["params"] == [{"results/mini/resolved.json": [f"runs.{run}.{verb}"]}]
             assert stage["cmd"] == f"reproduce/stage {verb} mini {run} 0"
@@ -266,7 +270,8 @@ def project(tmp_path_factory, pipeline):
     """Copy the project and pretend that everything has run but the rows, whose stages behave alike."""
     folder = tmp_path_factory.mktemp("copy") / "project"
     for name in ("mscs", "reproduce"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__", "small")  # a pipeline of its own
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in (*SETTINGS, "dvc.yaml", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
     (folder / ".venv/bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""DVC and a training killed in the last moments of a run: between weights, record and dvc.lock."""
+"""Nothing is trained twice: killed between weights, record and dvc.lock, or trained outside the pipeline."""
 
 import os
 import random
@@ -105,3 +105,22 @@ def test_killed_at_30_moments_of_the_last_second_nothing_is_trained_twice(projec
         assert "step 2/4" not in text, "it went back beyond the last checkpoint"
         assert outcome(folder) == expected
     assert interrupted >= KILLS // 2, "most kills came too late to interrupt anything"
+
+
+@pytest.mark.slow
+def test_what_was_trained_outside_the_pipeline_is_taken_over(project):
+    folder, stage = project
+    shutil.copy(folder / "dvc.lock", folder / "lock-before")
+    forget(folder)
+    settings = ["--settings", "results/mini/resolved.json"]
+    for command in ("train", "evaluate"):  # which leaves no checkpoint
+        arguments = [sys.executable, "-m", "mscs", command, RUN, *settings]
+        subprocess.run(arguments, cwd=folder, check=True, capture_output=True)
+    expected = outcome(folder)
+    process = repro(folder, stage)
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert "is trained under these settings" in text
+    assert "step 4/4" not in text
+    assert outcome(folder) == expected
+    assert "didn't change" in repro(folder, stage).communicate()[0]
