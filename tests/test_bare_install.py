@@ -1,6 +1,7 @@
 """What works with PyTorch alone, as `pip install` without an extra leaves it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,12 @@ def test_a_fresh_install_passes_the_tests_of_the_losses(resolution, tmp_path, co
     used = subprocess.run([python, "-c", USE.replace("sys.", "__import__('sys').")], cwd=tmp_path)
     assert used.returncode == 0
     assert subprocess.run([python, "-c", "import reproduce"], cwd=tmp_path, capture_output=True).returncode
+    examples = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs/loss.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert len(examples) == 2
+    for example in examples:
+        assert subprocess.run([python, "-c", example], cwd=tmp_path).returncode == 0
     command = subprocess.run([tmp_path / "venv" / "bin" / "mscs"], capture_output=True, text=True)
     assert command.returncode == 2
     assert "pip install 'mscs[train]'" in command.stderr
