@@ -181,8 +181,8 @@ def require_data(settings: Settings, root: Path) -> None:
     """Draw a generated dataset that is not there yet; refuse one that is not what the settings say.
 
     Raises:
-        UsageError: no dataset, generated scenes instead of a real one (or the other way round), or scenes of
-            another number or size.
+        UsageError: no dataset, generated scenes instead of a real one or a real one instead of
+            generated scenes, or scenes of another number or size.
         MscsError: a real dataset whose files do not fit its manifest.
     """
     data = settings.data

@@ -41,7 +41,7 @@ def default_runs(params: Params) -> list[str]:
 
 
 def row_runs(params: Params) -> list[str]:
-    """Return the runs of Tables 4-7 that fill no cell."""
+    """Return the additional runs of Tables 4-7, which fill no cell of Tables 1-3."""
     default = set(default_runs(params))
     return [run for run in params.runs if run not in default]
 
