@@ -3,6 +3,7 @@
 A backbone returns its feature maps as (B, C, H/s, W/s), fine to coarse.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
@@ -27,6 +28,8 @@ from mscs.models.weights import read_state_dict
 
 LONGEST_TEXT = 400  # of a message of timm's, which may name every tensor of a network
 DEFAULTS = BackboneOptions()
+# timm tells which tensors of a classifier it does not load; `require_all` checks those that count
+logging.getLogger("timm").addHandler(logging.NullHandler())
 
 
 class Backbone(nn.Module):
