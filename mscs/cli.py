@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     from mscs.datasets.commands import add_data_commands
     from mscs.doctor import add_doctor_command
 
-    add_data_commands(commands, _find_dataset, _splits_used)
+    add_data_commands(commands, _splits_used, _find_dataset)
     add_doctor_command(commands)
     return parser
 

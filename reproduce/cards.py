@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.datasets import Spec
+from mscs.datasets.registry import dataset_spec
 from mscs.results import write_text
 from reproduce import ledger
 from reproduce.cells import cells
@@ -67,8 +68,9 @@ def model_card(run: str, results: Results) -> str:
     return render("model_card.md.j2", facts)
 
 
-def data_card(spec: Spec, manifest: Mapping[str, Any], stamp: str) -> str:
+def data_card(dataset: str | Spec, manifest: Mapping[str, Any], stamp: str) -> str:
     """Return the card of one dataset from its manifest: splits, classes, terms."""
+    spec = dataset_spec(dataset)
     name = spec.name
     labels = {f"{name}, task {one.task}" if one.task else name: one for one in spec.label_sets}
     facts = {

@@ -18,6 +18,7 @@ LAYERS = [
         "blocks",
         "command_line",
         "model_options",
+        "modules",
     },
     {"datasets", "transforms", "models", "losses", "optim"},
     {"settings", "loader", "checkpoint", "inference", "predictions"},

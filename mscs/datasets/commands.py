@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.command_line import add_command
-from mscs.datasets.registry import DATASETS
+from mscs.datasets.registry import DATASETS, dataset_spec
 from mscs.datasets.spec import Spec, default_root
 from mscs.errors import UsageError
 
@@ -16,10 +16,12 @@ DataHandler = Callable[[argparse.Namespace, Spec, Path], None]
 SplitsUsed = Callable[[str], Collection[str] | None]
 
 
-def add_data_commands(subparsers: Any, find: Callable[[str], Spec], splits_used: SplitsUsed) -> None:
+def add_data_commands(
+    subparsers: Any, splits_used: SplitsUsed, find: Callable[[str], Spec] = dataset_spec
+) -> None:
     """Add the command `data` to the subparsers of the program; handlers are set as `handler`.
 
-    `find` gives the facts of a dataset by name, `splits_used` its splits that runs use; None: not known.
+    `splits_used` tells which splits of a dataset the runs use, None: not known; `find` its facts by name.
     """
     text = "get, make, check and look at the datasets"
     data = subparsers.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
