@@ -51,7 +51,7 @@ def _require(path: str) -> tuple[Path, list[Path]]:
     importlib.invalidate_caches()
     found = importlib.util.find_spec(module.partition(".")[0])
     for place in (*(found.submodule_search_locations or ()), found.origin) if found else ():
-        base = Path(place or "").resolve().parent
+        base = Path(place or "").parent.resolve()  # of the folder: a file may be a link to another place
         files = list(_files_of(module, base))
         if files and module.rpartition(".")[2] in (files[-1].stem, files[-1].parent.name):
             return base, files

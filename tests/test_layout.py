@@ -25,6 +25,7 @@ LAYERS = [
     {"numerics"},
     {"params"},
     {"paths"},
+    {"memory"},
     {"build", "monitor", "doctor", "job"},
     {"train", "evaluation", "trackers"},
     {"runs"},
