@@ -89,14 +89,10 @@ def fit(params: Params, run: str, profile: str, name: str) -> dict[str, Any] | N
     The record has the changes (`set`) and `peak_bytes`, which is None where nothing that was tried fitted.
     """
     file = _file(profile, run)
-    found = None
-    for row in read_json(file) if file.is_file() else ():
-        digest = params.resolve(run, profile, {**row["set"], **TRIAL}).settings.digest()
-        if (row["device"], row["digest"]) == (name, digest) and (
-            found is None or found["peak_bytes"] is None
-        ):
-            found = row
-    return found
+    rows = [row for row in (read_json(file) if file.is_file() else ()) if row["device"] == name]
+    digests = (params.resolve(run, profile, {**row["set"], **TRIAL}).settings.digest() for row in rows)
+    valid = [row for row, digest in zip(rows, digests, strict=True) if row["digest"] == digest]
+    return min(valid, key=lambda row: (row["peak_bytes"] is None, len(row["set"])), default=None)
 
 
 def _file(profile: str, run: str) -> Path:
