@@ -120,9 +120,8 @@ def check_fit(params: Params, run: str, profile: str) -> Finding:
         remedy = f"`mscs doctor {run} --profile {profile} --measure` does that, in minutes"
         return Finding("fits", "warning", f"never measured on {device}", remedy)
     if found["peak_bytes"] is None:
-        return Finding(
-            "fits", "problem", f"not on {device}", "smaller crop_size or batch_size; then measure again"
-        )
+        remedy = "smaller crop_size or batch_size, another backbone; then measure again"
+        return Finding("fits", "problem", f"nothing that was tried fits on {device}", remedy)
     needed = f"{found['peak_bytes'] / 2**30:.1f} GiB on {device}"
     if not found["set"]:
         return Finding("fits", "ok", f"as it is: {needed}")

@@ -23,7 +23,8 @@ from mscs.settings import Settings
 STEPS = 2
 """The optimizer's state exists from the second on."""
 TRIAL = {"steps": STEPS, "lr": 0.0}
-OUT_OF_MEMORY = ("the GPU's memory does not hold", "ran out of memory")
+OUT_OF_MEMORY = "the GPU's memory does not hold"
+"""What a training says then, see `mscs.monitor`; where main memory is short the system kills it."""
 OWN = {WORK.name, RESULTS.name, ".git", ".dvc"}
 """What a try's folder does not take over from the project's."""
 
@@ -45,10 +46,11 @@ def ladder(settings: Settings) -> Iterator[dict[str, Any]]:
     if settings.machine.precision == "fp32":
         changes = {**changes, "precision": "bf16"}
         yield changes
-    groups = settings.schedule.groups
-    if settings.schedule.accumulation_steps < groups:
+    schedule = settings.schedule
+    if schedule.accumulation_steps < schedule.groups:
+        changes = {**changes, "accumulation_steps": schedule.groups}
         # another model: batch norm sees parts of the batch
-        yield {**changes, "accumulation_steps": groups, "batch_norm": "part"}
+        yield {**changes, "batch_norm": "part"} if schedule.batch_norm == "batch" else changes
 
 
 def command(run: str, profile: str, changes: Mapping[str, Any]) -> str:
@@ -105,26 +107,17 @@ def _peak(settings: Settings, changes: Mapping[str, Any]) -> int | None:
         for path in Path.cwd().iterdir():
             if path.name not in OWN:
                 (Path(folder) / path.name).symlink_to(path)
-        words = shlex.split(command(settings.run, settings.profile, {**changes, **TRIAL}))[1:]
-        root = ["--data-root", str(data_root(settings).resolve())]
+        words = shlex.split(command(settings.run, settings.profile, {**changes, **TRIAL}))
+        words += ["--data-root", str(data_root(settings).resolve())]
+        words += ["--seed", str(settings.seeds[0]), "--processes", "1"]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "mscs",
-                *words,
-                *root,
-                "--seed",
-                str(settings.seeds[0]),
-                "--processes",
-                "1",
-            ],
+            [sys.executable, "-m", *words],
             cwd=folder,
             capture_output=True,
             text=True,
             check=False,
         )
-        if done.returncode == -9 or any(text in done.stderr for text in OUT_OF_MEMORY):
+        if done.returncode == -9 or OUT_OF_MEMORY in done.stderr:
             return None
         if done.returncode:
             raise MscsError(f"the trial failed: {done.stderr.strip().splitlines()[-1]}")
