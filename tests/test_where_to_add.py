@@ -189,8 +189,9 @@ def add_loss(folder: Path) -> None:
         folder / "mscs/build.py",
         ("from mscs.models import", "from mscs.losses.spread import Spread\nfrom mscs.models import"),
         (
-            '{"contrastive": contrastive_terms}',
-            '{"contrastive": contrastive_terms, "spread": lambda block, _: Spread(block.spread_weight)}',
+            '    "contrastive": contrastive_terms,\n',
+            '    "contrastive": contrastive_terms,\n'
+            '    "spread": lambda block, _: Spread(block.spread_weight),\n',
         ),
     )
     edit(
