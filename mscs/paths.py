@@ -6,6 +6,7 @@ from typing import Any
 from mscs.blocks import flat_types, from_flat
 from mscs.datasets.spec import default_root
 from mscs.errors import MscsError, UsageError
+from mscs.modules import own_digest
 from mscs.params import Params
 from mscs.results import read_json
 from mscs.settings import PHASES, Folders, Settings
@@ -91,4 +92,7 @@ def read_resolved(path: Path, run: str) -> Settings:
         raise UsageError(f"{path} holds no resolved settings ({error}); {remedy}") from None
     if name != run:
         raise UsageError(f"{path}: the block {run!r} holds the settings of {name!r}; {remedy}")
+    for unit, version in values["numerics"]["train"].items():
+        if ":" in unit and own_digest(unit) != version:
+            raise UsageError(f"{path}: the code of {unit} has changed since; {remedy}")
     return from_flat(Settings, values, str(path))

@@ -81,7 +81,10 @@ def test_doctor_and_plan_say_it(params, monkeypatch, capsys):
 
     def fits():
         main(words)
-        return next(x for x in json.loads(capsys.readouterr().out) if x["name"] == "fits")
+        *others, found = json.loads(capsys.readouterr().out)
+        assert [(x["name"], x["state"]) for x in others if x["name"] == "data"] == [("data", "problem")]
+        assert found["name"] == "fits"
+        return found
 
     assert fits()["found"] == "never measured on a GPU"
     assert fits()["remedy"].startswith(f"`mscs doctor {RUN} --profile paper --measure`")

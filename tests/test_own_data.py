@@ -319,6 +319,9 @@ def test_what_is_added_leaves_the_other_runs_fresh(own):
     settings = read_resolved(Path("resolved.json"), RUN)
     assert settings == load_params().resolve(RUN).settings
     assert settings.data.labels.raw_ids == ((7, 8), (11,), (21,))
+    edit(own / "mylayers.py", "8", "9")
+    with pytest.raises(UsageError, match="the code of mynets:MyNet has changed since; make it anew with"):
+        read_resolved(Path("resolved.json"), RUN)
 
 
 @pytest.mark.parametrize(
