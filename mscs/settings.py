@@ -91,12 +91,10 @@ def find_dataset(name: str, folders: Folders | None, spec: str | None) -> Spec:
 
     Raises UsageError where there is none, or more than one.
     """
-    if (folders or spec) and (name in DATASETS or (folders and spec)):
-        raise UsageError(
-            f"dataset {name!r}: the package has one of this name, choose another"
-            if name in DATASETS
-            else f"dataset {name!r} has both folders and spec; keep one"
-        )
+    if (folders or spec) and name in DATASETS:
+        raise UsageError(f"dataset {name!r}: the package has one of this name, choose another")
+    if folders and spec:
+        raise UsageError(f"dataset {name!r} has both folders and spec; keep one")
     if folders is not None:
         return folder_spec(name, **folders.arguments())
     if spec is None:
@@ -106,7 +104,7 @@ def find_dataset(name: str, folders: Folders | None, spec: str | None) -> Spec:
         return DATASETS[name]
     found = load(spec)
     if not isinstance(found, Spec) or found.name != name:
-        what = f"the dataset {found.name!r}" if isinstance(found, Spec) else f"a {type(found).__name__}"
+        what = f"the dataset {found.name!r}" if isinstance(found, Spec) else f"of type {type(found).__name__}"
         raise UsageError(f"spec {spec} is {what}, expected a mscs.datasets.Spec with the name {name!r}")
     return found
 

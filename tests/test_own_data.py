@@ -258,7 +258,7 @@ def test_a_wrong_block_is_told(own, changes, said):
     [
         ("mydata", "nowhere:SPEC", "there is no module nowhere"),
         ("mydata", "mylayers:SPEC", "unknown name of module mylayers 'SPEC'"),
-        ("mydata", "mylayers:WIDTH", "spec mylayers:WIDTH is a int, expected"),
+        ("mydata", "mylayers:WIDTH", "spec mylayers:WIDTH is of type int, expected"),
         ("mydata", "mybroken:SPEC", "importing mybroken fails with ZeroDivisionError"),
         ("mydata", "mylayers", "found 'mylayers'"),
         ("mydata", "mspec:SPEC", "is the dataset 'pets', expected .* the name 'mydata'"),
