@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mscs import build  # noqa: E402
-from mscs.datasets import label_set  # noqa: E402
 from mscs.inference import Predictor  # noqa: E402
 from mscs.params import load_params  # noqa: E402
 from mscs.results import write_json, write_text  # noqa: E402
@@ -87,7 +86,7 @@ def measure_run(params, run, arguments, device):
     settings = params.resolve(run, profile, overrides).settings
     image_size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
     build.apply_machine_settings(settings)
-    classes = label_set(settings.data.name, settings.data.task).num_classes
+    classes = settings.data.labels.num_classes
     net = build.network(settings, classes, seed=0, projector=False).to(device)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*image_size, 3), dtype=np.uint8) for _ in range(arguments.images)]

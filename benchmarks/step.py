@@ -102,6 +102,7 @@ IMAGE_SIZES = {
     "ade20k": (512, 683),
     "pascal_context": (375, 500),
     "cadis": (540, 960),
+    "camvid": (360, 480),
 }
 """Height and width of the datasets' images; where they vary, of a usual one."""
 
@@ -134,10 +135,17 @@ def read_batches(settings, quick, count):
 
 
 def drawn_dataset(settings, quick, folder):
-    """Draw a few images of the dataset's usual size: reading and augmenting cost what they do in training."""
+    """Draw a few images of the dataset's usual size: reading and augmenting cost what they do in training.
+
+    Of a dataset of the user's own, which nothing here can draw, the images that are there are taken.
+    """
+    from mscs import build
     from mscs.datasets import build_dataset
     from mscs.datasets.toy import write_dataset
+    from mscs.paths import data_root
 
+    if settings.data.spec.toy is None:
+        return build.open_dataset(settings, settings.data.train_split, data_root(settings))
     size = settings.data.image_size or IMAGE_SIZES[settings.data.name]
     if quick:
         size = tuple(max(96, side // 4) for side in size)

@@ -22,9 +22,10 @@ from mscs.losses import MultiScaleContrastiveLoss
 from mscs.losses.objective import ContrastiveTerms, EmbeddingLoss, Objective
 from mscs.models import SegmentationModel, build_model
 from mscs.models.weights import load_fitting, load_strictly
+from mscs.modules import load
 from mscs.optim import build_optimizer, learning_rate
 from mscs.seeding import derive_seed
-from mscs.settings import Contrastive, Settings
+from mscs.settings import Contrastive, OwnLoss, Settings
 from mscs.transforms import Photometric, TrainTransform, color_jitter, photometric_distortion
 
 AUTOCAST = {"fp64": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +55,7 @@ def open_dataset(settings: Settings, split: str, root: Path) -> Dataset:
     """Open one split of the dataset of a run."""
     data = settings.data
     options = {"exclude_blacklisted": True} if data.skip_wrong_labels else {}
-    return build_dataset(data.name, split, root, data.task, **options)
+    return build_dataset(data.spec, split, root, data.task, **options)
 
 
 def train_transform(settings: Settings) -> TrainTransform:
@@ -91,7 +92,7 @@ def network(
     if seed is not None:
         torch.manual_seed(derive_seed(seed, "weights"))
     built = build_model(
-        model.name,
+        load(model.name) if ":" in model.name else model.name,
         model.backbone,
         num_classes,
         projector=settings.loss.projector if projector else None,
@@ -116,7 +117,23 @@ def contrastive_terms(block: Contrastive, images_per_group: int) -> EmbeddingLos
     return ContrastiveTerms(loss, block.embedding_subsample)
 
 
-EMBEDDING_LOSSES: dict[str, Callable[[Any, int], EmbeddingLoss]] = {"contrastive": contrastive_terms}
+def own_loss(block: OwnLoss, _images_per_group: int) -> EmbeddingLoss:
+    """Return a loss on embeddings of the user's own."""
+    kind = load(block.embedding_loss)
+    if not (isinstance(kind, type) and issubclass(kind, EmbeddingLoss)):
+        raise UsageError(f"embedding_loss {block.embedding_loss} is no mscs.losses.objective.EmbeddingLoss")
+    try:
+        return kind(**block.loss_options)
+    except TypeError as error:
+        raise UsageError(
+            f"{block.embedding_loss} with loss_options {dict(block.loss_options)}: {error}"
+        ) from error
+
+
+EMBEDDING_LOSSES: dict[str, Callable[[Any, int], EmbeddingLoss]] = {
+    "contrastive": contrastive_terms,
+    "embedding_loss": own_loss,
+}
 """By the name of their block in `mscs.settings.Loss`: from block and images per group to the loss."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import mscs
 from mscs.command_line import Handler, add_command, run_command
+from mscs.datasets import DATASETS, Spec
+from mscs.datasets.registry import dataset_spec
 from mscs.errors import UsageError, unknown_name
 from mscs.job import Job
 from mscs.launch import evaluate, predict, train
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     from mscs.datasets.commands import add_data_commands
     from mscs.doctor import add_doctor_command
 
-    add_data_commands(commands, _splits_used)
+    add_data_commands(commands, _splits_used, _find_dataset)
     add_doctor_command(commands)
     return parser
 
@@ -116,6 +118,12 @@ def _runs(args: argparse.Namespace) -> None:
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print("  ".join(row[key].ljust(widths[key]) for key in row).rstrip())
+
+
+def _find_dataset(dataset: str) -> Spec:
+    """Return the facts of a dataset of this package, or of params.yaml in the current folder."""
+    known = dataset in DATASETS or not Path("params.yaml").is_file()
+    return dataset_spec(dataset) if known else load_params().spec(dataset)
 
 
 def _splits_used(dataset: str) -> set[str] | None:

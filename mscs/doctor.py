@@ -1,4 +1,4 @@
-"""`mscs doctor`: is this machine ready for the runs of a profile? Each finding names its remedy."""
+"""`mscs doctor`: is this machine ready for a profile, or for one run? Each finding names its remedy."""
 
 import argparse
 import configparser
@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mscs import numerics
+from mscs import memory, numerics
 from mscs.command_line import add_command
 from mscs.datasets import DATASETS
 from mscs.datasets.spec import default_root
 from mscs.errors import UsageError, unknown_name
+from mscs.params import Params, load_params
+from mscs.paths import data_root
+from mscs.provenance import nvidia
+from mscs.settings import Settings
 
 LOCK = Path("requirements.lock")
 PYTHON = (3, 11)
@@ -45,16 +49,25 @@ def _finding(name: str, good: bool, found: str, remedy: str, otherwise: str = "p
 def add_doctor_command(commands: Any) -> None:
     """Add the command `doctor` to the subparsers of the program."""
     text = "check this machine before a long run"
-    add_command(commands, "doctor", _doctor, text, profile=True, as_json=True)
+    command = add_command(commands, "doctor", _doctor, text, profile=True, as_json=True)
+    command.add_argument("run", metavar="RUN", nargs="?", help="what this run needs: its data, its memory")
+    text = "train two steps of RUN, as it is and with what needs less memory, until it fits"
+    command.add_argument("--measure", action="store_true", help=text)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from mscs.params import load_params
-
+    if args.measure and not args.run:
+        raise UsageError("--measure needs a RUN (see `mscs runs`)")
     profile = args.profile or load_params().profile
-    if profile not in NEEDS:
+    if args.run:
+        params = load_params()
+        if args.measure:
+            memory.measure(params, args.run, profile)
+        findings = list(examine_run(params, args.run, profile))
+    elif profile not in NEEDS:
         raise UsageError(unknown_name("profile", profile, NEEDS))
-    findings = list(examine(profile))
+    else:
+        findings = list(examine(profile))
     if args.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
@@ -80,6 +93,43 @@ def examine(profile: str) -> Iterator[Finding]:
     yield check_links()
 
 
+def examine_run(params: Params, run: str, profile: str) -> Iterator[Finding]:
+    """Yield what one run needs of this machine."""
+    settings = params.resolve(run, profile).settings
+    yield check_packages()
+    yield from check_gpus("mini")  # no size that all need: its memory is measured
+    yield check_data_of(settings)
+    yield check_fit(params, run, profile)
+
+
+def check_data_of(settings: Settings) -> Finding:
+    """The dataset of a run."""
+    name, root = settings.data.name, data_root(settings)
+    if settings.data.source == "generated":
+        return Finding("data", "ok", "generated when needed")
+    verified = (root / "manifest.json").is_file()
+    remedy = f"`mscs data verify {name}`" if root.is_dir() else f"`mscs data fetch {name}`"
+    return _finding("data", verified, f"{root}, {'' if verified else 'not '}verified", remedy)
+
+
+def check_fit(params: Params, run: str, profile: str) -> Finding:
+    """Whether a run fits into memory here, as far as that was measured."""
+    device = memory.device()
+    found = memory.fit(params, run, profile, device)
+    if found is None:
+        remedy = f"`mscs doctor {run} --profile {profile} --measure` does that, in minutes"
+        return Finding("fits", "warning", f"never measured on {device}", remedy)
+    if found["peak_bytes"] is None:
+        remedy = "smaller crop_size or batch_size, another backbone; then measure again"
+        return Finding("fits", "problem", f"nothing that was tried fits on {device}", remedy)
+    needed = f"{found['peak_bytes'] / 2**30:.1f} GiB on {device}"
+    if not found["set"]:
+        return Finding("fits", "ok", f"as it is: {needed}")
+    return Finding(
+        "fits", "warning", f"with less: {needed}", f"`{memory.command(run, profile, found['set'])}`"
+    )
+
+
 def check_packages() -> Finding:
     """The packages that can change results, against the versions that were last accepted."""
     try:
@@ -99,9 +149,9 @@ def check_gpus(profile: str) -> Iterator[Finding]:
             "gpu", not need, "none", "an NVIDIA GPU and its driver are needed to train at this size"
         )
         return
-    for name, memory in gpus:
+    for name, size in gpus:
         remedy = "the largest crops will not fit: see out of memory in docs/operations.md"
-        yield _finding("gpu", memory >= need, f"{name}, {memory:.0f} GB", remedy, "warning")
+        yield _finding("gpu", size >= need, f"{name}, {size:.0f} GB", remedy, "warning")
     serves = f"{driver}, up to CUDA {cuda // 1000}.{cuda % 1000 // 10}"
     remedy = f"PyTorch here needs CUDA {CUDA // 1000}: update the driver (580 or later)"
     yield _finding("driver", cuda >= CUDA, serves, remedy)
@@ -109,19 +159,6 @@ def check_gpus(profile: str) -> Iterator[Finding]:
         nccl = _version("nvidia-nccl-cu13")
         remedy = "`make setup` installs it; without it several GPUs cannot work together"
         yield _finding("nccl", bool(nccl), nccl or "missing", remedy)
-
-
-def nvidia() -> tuple[list[tuple[str, float]], str, int]:
-    """Return (name, GB) of every GPU, the driver's version and the CUDA version it serves."""
-    try:
-        import pynvml  # type: ignore[import-untyped]
-
-        pynvml.nvmlInit()
-    except Exception:  # no package, library, driver or device: each raises its own, all mean no GPU
-        return [], "", 0
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    gpus = [(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total / 2**30) for h in handles]
-    return gpus, pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
 
 
 def check_docker(profile: str) -> Iterator[Finding]:

@@ -107,7 +107,6 @@ def predict(
 
         from mscs import build
         from mscs.datasets.base import decode_image, read_bytes
-        from mscs.datasets.registry import dataset_spec
         from mscs.distributed import join_world
         from mscs.predictions import pictures_in, write_views
         from mscs.runs import check_weights
@@ -115,7 +114,7 @@ def predict(
     settings, files, pictures = job.settings, job.files(job.seeds[0]), pictures_in(paths)
     if checkpoint is None:
         check_weights(settings, job.seeds[0], files)
-    labels = dataset_spec(settings.data.name).labels(settings.data.task)
+    labels = settings.data.labels
     top = settings.data.reflect_pad[0] if settings.evaluation.score_padding else 0
     problems = []
     build.apply_machine_settings(settings)
@@ -198,7 +197,7 @@ def require_data(settings: Settings, root: Path) -> None:
             raise UsageError("generated data needs train_images and val_images")
         from mscs.datasets.toy import write_dataset
 
-        write_dataset(data.name, root, train=train, val=val, image_size=data.image_size)
+        write_dataset(data.spec, root, train=train, val=val, image_size=data.image_size)
     marker = root / GENERATED
     made = read_mapping(marker) if marker.is_file() else None
     if (made is not None) != (data.source == "generated"):
@@ -210,7 +209,7 @@ def require_data(settings: Settings, root: Path) -> None:
     if made is None:
         from mscs.datasets.verify import check_manifest
 
-        check_manifest(data.name, root)
+        check_manifest(data.spec, root)
         return
     for key, value in asked.items():
         wanted, found = list(value) if isinstance(value, tuple) else value, made.get(key)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mscs.errors import UsageError
+from mscs.modules import own_digest
 from mscs.provenance import package_versions
 from mscs.results import read_yaml
 from mscs.settings import EMBEDDING_LOSSES, Phase
@@ -32,29 +33,38 @@ def units_of(settings: Mapping[str, Any]) -> dict[Phase, list[str]]:
 
     Args:
         settings: a flat mapping, as `mscs show RUN --json` prints it; `dataset`, `model` and the switches of
-            the losses on embeddings are read, each of which is a unit of its name.
+            the losses on embeddings are read, each of which is a unit of its name. Code of the user's own
+            has its import path for a unit, a dataset in folders is read by the unit `folders`.
     """
-    network = ["data", settings["dataset"], "transforms", "networks", settings["model"]]
-    losses = [name for name in EMBEDDING_LOSSES if settings.get(name)]
+    dataset = "folders" if settings.get("folders") else settings.get("spec") or settings["dataset"]
+    network = ["data", dataset, "transforms", "networks", settings["model"]]
+    switched_on = {name: settings[name] for name in EMBEDDING_LOSSES if settings.get(name)}
+    losses = [name if value is True else value for name, value in switched_on.items()]
     return {
         "train": [*network, "cross_entropy", *losses, "optimizer", "training", PACKAGES],
         "evaluate": [*network, "inference", "metrics", PACKAGES],
     }
 
 
-def versions(settings: Mapping[str, Any], phase: Phase, numerics: Mapping[str, Any]) -> dict[str, int]:
+def own_paths(settings: Mapping[str, Any]) -> set[str]:
+    """Return the import paths that a run with these flat values names."""
+    return {unit for unit in units_of(settings)["train"] if ":" in unit}
+
+
+def versions(settings: Mapping[str, Any], phase: Phase, numerics: Mapping[str, Any]) -> dict[str, int | str]:
     """Return the version of every unit that `phase` ("train" or "evaluate") of a run uses.
 
-    Raises UsageError where numerics.yaml lacks a unit, as after adding an architecture.
+    The version of the user's own code is its digest: nobody raises one. Raises UsageError where numerics.yaml
+    lacks a unit, as after adding an architecture.
     """
     units, used = numerics["units"], units_of(settings)[phase]
     for name in used:
-        if name not in units:
+        if name not in units and ":" not in name:
             raise UsageError(
                 f"{FILE} has no unit {name!r}, which run {settings.get('run')} uses; "
                 "list it there under units and under files"
             )
-    return {name: units[name]["version"] for name in used}
+    return {name: own_digest(name) if ":" in name else units[name]["version"] for name in used}
 
 
 def installed_packages(names: Iterable[str]) -> dict[str, str | None]:

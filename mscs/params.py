@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from mscs.blocks import Block, check, flat_types, form, from_flat
+from mscs.datasets import Spec
 from mscs.errors import UsageError, unknown_name
 from mscs.numerics import FILE as NUMERICS
 from mscs.numerics import load_numerics, versions
@@ -27,12 +28,14 @@ from mscs.settings import (
     Data,
     Evaluation,
     Float,
+    Folders,
     Int,
     Loss,
     Model,
     Name,
     Schedule,
     Settings,
+    find_dataset,
 )
 
 PAPER_GROUPS = 4
@@ -45,7 +48,7 @@ NAMES = {"datasets": "dataset", "models": "model", "losses": "loss", "schedules"
 
 COMPUTED = {"run", "profile", "recipe", "variant", "schedule", "dataset", "loss", "numerics"}
 """Keys of the settings that no entry of the file holds."""
-IDENTITY = COMPUTED - {"recipe"} | {"model"}
+IDENTITY = COMPUTED - {"recipe"} | {"model", "spec"} | flat_types(Folders).keys()
 """Keys that --set does not change."""
 
 
@@ -195,6 +198,20 @@ class Params:
         """Return the dataset that a run uses in a profile."""
         return self._entry(run, profile)["dataset"]
 
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of all datasets, in file order."""
+        return tuple(self._document["datasets"])
+
+    def spec(self, dataset: str) -> Spec:
+        """Return the facts of a dataset; UsageError where the file has none of this name."""
+        where = f"{self._path}: datasets.{dataset}"
+        _choice("dataset", dataset, self.datasets, self._path)
+        entry = self._document["datasets"][dataset]
+        keys = flat_types(Folders).keys() & entry.keys()
+        folders = from_flat(Folders, {key: entry[key] for key in keys}, where) if keys else None
+        return find_dataset(dataset, folders, entry.get("spec"))
+
     def splits_used(self, dataset: str) -> set[str]:
         """Return the splits of a dataset that runs of any profile train on or are scored on."""
         runs = [(run, profile) for profile in self.profiles for run in self.runs_of(profile)]
@@ -332,6 +349,10 @@ def _drop_options(draft: _Draft, backbone: str) -> tuple[str, ...]:
 def _complete(draft: _Draft, overrides: Mapping[str, Any], where: str) -> None:
     """Fill what follows from other values: groups of images, and the scales that the model really has."""
     values = draft.values
+    if values.get("folders") or values.get("spec"):
+        own = {"data_source": "real", "image_size": None, "train_images": None, "val_images": None}
+        for key in own.keys() - overrides.keys():
+            draft.put(key, own[key], "a dataset of your own is never generated")
     if values.get("images_per_group") is None and isinstance(values.get("batch_size"), int):
         images, rest = divmod(values["batch_size"], PAPER_GROUPS)
         if rest:

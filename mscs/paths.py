@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from mscs.blocks import from_flat
+from mscs.blocks import flat_types, from_flat
 from mscs.datasets.spec import default_root
 from mscs.errors import MscsError, UsageError
+from mscs.modules import own_digest
 from mscs.params import Params
 from mscs.results import read_json
-from mscs.settings import PHASES, Settings
+from mscs.settings import PHASES, Folders, Settings
 
 WORK = Path("work")
 """Big and private: generated data, checkpoints, weights."""
@@ -61,11 +62,18 @@ def resolve_all(params: Params, profile: str) -> dict[str, Any]:
     for run in params.runs_of(profile):
         settings = params.resolve(run, profile).settings
         flat = settings.flat()
-        datasets.setdefault(settings.data.name, {key: flat[key] for key in DATA_KEYS})
+        datasets.setdefault(settings.data.name, _data_facts(settings))
         by_phase = {phase: settings.identity(phase) for phase in PHASES}
         info = {key: value for key, value in flat.items() if not any(key in x for x in by_phase.values())}
         runs[run] = {"info": info, **by_phase}
     return {"datasets": datasets, "runs": runs}
+
+
+def _data_facts(settings: Settings) -> dict[str, Any]:
+    """Return what the files of a run's dataset depend on."""
+    flat, spec = settings.flat(), settings.data.spec_path
+    facts = {key: flat[key] for key in (*DATA_KEYS, "spec", *flat_types(Folders)) if key in flat}
+    return facts | ({"digest": settings.numerics["train"][spec]} if spec else {})
 
 
 def read_resolved(path: Path, run: str) -> Settings:
@@ -84,4 +92,7 @@ def read_resolved(path: Path, run: str) -> Settings:
         raise UsageError(f"{path} holds no resolved settings ({error}); {remedy}") from None
     if name != run:
         raise UsageError(f"{path}: the block {run!r} holds the settings of {name!r}; {remedy}")
+    for unit, version in values["numerics"]["train"].items():
+        if ":" in unit and own_digest(unit) != version:
+            raise UsageError(f"{path}: the code of {unit} has changed since; {remedy}")
     return from_flat(Settings, values, str(path))

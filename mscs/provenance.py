@@ -68,6 +68,19 @@ def machine() -> dict[str, Any]:
     return facts
 
 
+def nvidia() -> tuple[list[tuple[str, float]], str, int]:
+    """Return (name, GB) of every GPU, the driver's version and the CUDA version it serves."""
+    try:
+        import pynvml  # type: ignore[import-untyped]
+
+        pynvml.nvmlInit()
+    except Exception:  # no package, library, driver or device: each raises its own, all mean no GPU
+        return [], "", 0
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    gpus = [(pynvml.nvmlDeviceGetName(h), pynvml.nvmlDeviceGetMemoryInfo(h).total / 2**30) for h in handles]
+    return gpus, pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion()
+
+
 def record(**facts: Any) -> dict[str, Any]:
     """Return a provenance record: the caller's facts, and where and with what they came about."""
     return {

@@ -8,14 +8,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool, model_validator
 
 from mscs.blocks import BOTH, EVALUATE, NOTHING, TRAIN, Block, blocks_in
-from mscs.datasets import DATASETS
+from mscs.datasets import DATASETS, LabelSet, Spec
+from mscs.datasets.folders import folder_spec
 from mscs.errors import UsageError, unknown_name
 from mscs.model_options import MODEL_OPTIONS
+from mscs.modules import IMPORT_PATH, load
 
 Phase = Literal["train", "evaluate"]
 PHASES: tuple[Phase, ...] = ("train", "evaluate")
@@ -31,15 +34,11 @@ def _number(value: Any) -> Any:
     return int(number) if number.is_integer() else number
 
 
-def _one_of(kind: str, accepted: Mapping[str, Any]) -> AfterValidator:
-    """Return what refuses other names than the accepted ones, naming the nearest."""
-
-    def check(value: str) -> str:
-        if value not in accepted:
-            raise ValueError(unknown_name(kind, value, accepted))
-        return value
-
-    return AfterValidator(check)
+def _known_model(value: str) -> str:
+    """Refuse what is neither one of our models nor an import path, naming the nearest model."""
+    if value not in MODEL_OPTIONS and not re.fullmatch(IMPORT_PATH, value):
+        raise ValueError(f"{unknown_name('model', value, MODEL_OPTIONS)}, or package.module:Class")
+    return value
 
 
 Flag = StrictBool
@@ -53,6 +52,9 @@ Share = Annotated[Float, Field(ge=0, le=1)]
 Ratio = Annotated[Float, Field(ge=0.01, le=100)]
 Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
 """Of what becomes part of paths and commands."""
+ImportPath = Annotated[str, Field(pattern=f"^{IMPORT_PATH}$")]
+"""Code of the user's own, see `mscs.modules`."""
+Byte = Annotated[Int, Field(ge=0, le=255)]
 
 
 class Augmentation(Block):
@@ -66,11 +68,54 @@ class Augmentation(Block):
     color: Literal["jitter", "photometric", "none"]
 
 
+class Folders(Block):
+    """A dataset of the user's own in folders; `mscs.datasets.folders.folder_spec` explains the keys."""
+
+    affects = BOTH
+    folders: Mapping[Name, tuple[str, str]]
+    classes: tuple[str, ...]
+    image_suffix: str = ".png"
+    label_suffix: str = ".png"
+    class_values: tuple[Byte | tuple[Byte, ...], ...] | None = None
+    ignored_values: tuple[Byte, ...] = (255,)
+    colors: tuple[tuple[Byte, Byte, Byte], ...] | None = None
+
+    @classmethod
+    def used(cls, flat: Mapping[str, Any]) -> bool:
+        """Return whether the dataset is one in folders."""
+        return flat.get("folders") is not None
+
+
+def find_dataset(name: str, folders: Folders | None, spec: str | None) -> Spec:
+    """Return the facts of a dataset: of the user's own in folders or by import path, or else by its name.
+
+    Raises UsageError where there is none, or more than one.
+    """
+    if (folders or spec) and name in DATASETS:
+        raise UsageError(f"dataset {name!r}: the package has one of this name, choose another")
+    if folders and spec:
+        raise UsageError(f"dataset {name!r} has both folders and spec; keep one")
+    if folders is not None:
+        return folder_spec(name, **folders.arguments())
+    if spec is None:
+        if name not in DATASETS:
+            own = "One of your own needs `folders` and `classes`, or `spec`, in its block of params.yaml"
+            raise UsageError(f"{unknown_name('dataset', name, DATASETS)}. {own}")
+        return DATASETS[name]
+    found = load(spec)
+    if not isinstance(found, Spec) or found.name != name:
+        what = f"the dataset {found.name!r}" if isinstance(found, Spec) else f"of type {type(found).__name__}"
+        raise UsageError(f"spec {spec} is {what}, expected a mscs.datasets.Spec with the name {name!r}")
+    return found
+
+
 class Data(Block):
     """Which images, and how they are shown to a network that trains."""
 
     affects = BOTH
-    name: Annotated[str, _one_of("dataset", DATASETS)] = Field(alias="dataset")
+    name: Name = Field(alias="dataset")
+    folders: Folders | None
+    spec_path: ImportPath | None = Field(default=None, alias="spec")
     task: Annotated[Int, Field(ge=1, le=3)] | None
     source: Literal["real", "generated"] = Field(alias="data_source")
     skip_wrong_labels: Flag
@@ -84,13 +129,20 @@ class Data(Block):
     score_split: Annotated[str, EVALUATE] = "val"
     """Splits that train and that are scored and shown in figures; "train+val" joins two."""
 
+    @cached_property
+    def spec(self) -> Spec:
+        """Facts of the dataset."""
+        return find_dataset(self.name, self.folders, self.spec_path)
+
+    @property
+    def labels(self) -> LabelSet:
+        """Label table of the dataset and task."""
+        return self.spec.labels(self.task)
+
     @model_validator(mode="after")
     def _check_splits(self) -> "Data":
         for split in (self.train_split, self.score_split):
-            try:
-                DATASETS[self.name].check_split(split)
-            except UsageError as error:
-                raise ValueError(str(error)) from None
+            self.spec.check_split(split)
         return self
 
 
@@ -127,7 +179,7 @@ class Model(Block):
     """Network and backbone; what the training puts on top of them."""
 
     affects = BOTH
-    name: Annotated[str, _one_of("model", MODEL_OPTIONS)] = Field(alias="model")
+    name: Annotated[str, AfterValidator(_known_model)] = Field(alias="model")
     backbone: str
     options: Mapping[str, Any] = Field(alias="model_options")
     pretrained: Annotated[Flag | str, TRAIN]
@@ -153,12 +205,25 @@ class Contrastive(Block):
     max_anchors: Annotated[Int, Field(ge=2)]
 
 
+class OwnLoss(Block):
+    """A loss on embeddings of the user's own, an `EmbeddingLoss` by import path, with its arguments."""
+
+    embedding_loss: ImportPath
+    loss_options: Mapping[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def used(cls, flat: Mapping[str, Any]) -> bool:
+        """Return whether a run names such a loss."""
+        return flat.get("embedding_loss") is not None
+
+
 class Loss(Block):
     """What is added to the cross-entropy: one block per loss on embeddings, None where a run does without."""
 
     name: Name = Field(alias="loss")
     projector: Literal["backbone", "fpn", "concat"] | None
     contrastive: Contrastive | None
+    embedding_loss: OwnLoss | None
 
 
 EMBEDDING_LOSSES = tuple(name for name, info in Loss.model_fields.items() if blocks_in(info))
@@ -239,7 +304,8 @@ class Machine(Block):
 class Settings(Block):
     """Everything that decides one run.
 
-    `numerics` holds the versions of the code units that the run uses (see numerics.yaml), by phase.
+    `numerics` holds the versions of the code units that the run uses (see numerics.yaml), by phase; of own
+    modules the digests.
     """
 
     affects = BOTH
@@ -248,7 +314,7 @@ class Settings(Block):
     recipe: Annotated[Name, NOTHING]
     variant: Annotated[Name, NOTHING]
     seeds: Annotated[tuple[Index, ...], NOTHING]
-    numerics: Annotated[Mapping[str, Mapping[str, int]], NOTHING]
+    numerics: Annotated[Mapping[str, Mapping[str, int | str]], NOTHING]
     data: Data
     evaluation: Evaluation
     model: Model
@@ -284,7 +350,8 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 def _contradictions(settings: Settings) -> Iterator[str]:
     """Yield what is wrong with values that are possible one by one."""
-    options = vars(MODEL_OPTIONS[settings.model.name])
+    known = MODEL_OPTIONS.get(settings.model.name)  # own models check theirs when they are built
+    options = vars(known) if known else settings.model.options
     for option in settings.model.options:
         if option not in options:
             yield unknown_name(f"option of model {settings.model.name!r}", option, options)
@@ -298,7 +365,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     loss, schedule = settings.loss, settings.schedule
     for name in EMBEDDING_LOSSES:
         if getattr(loss, name) is not None and loss.projector is None:
-            yield f"{name}: true needs a projector: backbone, fpn or concat"
+            yield f"{name} needs a projector: backbone, fpn or concat"
     if loss.contrastive is not None:
         scales = len(loss.contrastive.scale_weights)
         maps = 1 if loss.projector == "concat" else settings.model.feature_maps

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mscs.datasets import DATASETS
+from mscs.datasets import Spec
+from mscs.datasets.registry import dataset_spec
 from mscs.results import write_text
 from reproduce import ledger
 from reproduce.cells import cells
@@ -24,9 +25,11 @@ def write_cards(results: Results) -> list[Path]:
     texts = {
         f"model-{run}": model_card(run, results) for run in results.params.runs if results.evaluation(run)
     }
-    manifests = {name: results.read(f"data/{name}.json") for name in DATASETS}
+    manifests = {name: results.read(f"data/{name}.json") for name in results.params.datasets}
     texts |= {
-        f"data-{name}": data_card(name, found, results.stamp) for name, found in manifests.items() if found
+        f"data-{name}": data_card(results.params.spec(name), found, results.stamp)
+        for name, found in manifests.items()
+        if found
     }
     paths = {results.root / "cards" / f"{name}.md": text for name, text in texts.items()}
     for path, text in paths.items():
@@ -65,9 +68,10 @@ def model_card(run: str, results: Results) -> str:
     return render("model_card.md.j2", facts)
 
 
-def data_card(name: str, manifest: Mapping[str, Any], stamp: str) -> str:
+def data_card(dataset: str | Spec, manifest: Mapping[str, Any], stamp: str) -> str:
     """Return the card of one dataset from its manifest: splits, classes, terms."""
-    spec = DATASETS[name]
+    spec = dataset_spec(dataset)
+    name = spec.name
     labels = {f"{name}, task {one.task}" if one.task else name: one for one in spec.label_sets}
     facts = {
         "name": name,

@@ -194,6 +194,7 @@ def _write_tables(results: Results, tables: Sequence[str]) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    from mscs import memory
     from reproduce import plan
 
     gpus = max(1, len(visible_gpus())) if args.gpus is None else args.gpus
@@ -205,7 +206,8 @@ def _plan(args: argparse.Namespace) -> None:
     if args.measure:
         plan.measure(settings)
     device = args.device or plan.device_name()
-    document = plan.document(plan.costs(settings, device), device, gpus)
+    fits = {run: memory.fit(results.params, run, results.profile, device) for run in runs}
+    document = plan.document(plan.costs(settings, device), device, gpus, fits)
     _print(document, plan.text(document), as_json=args.json)
 
 

@@ -84,12 +84,11 @@ def train_steps(settings: Settings, backend: str, device: "torch.device") -> flo
     import torch.nn.functional as F
 
     from mscs import build
-    from mscs.datasets import label_set
     from mscs.losses import MultiScaleContrastiveLoss
     from mscs.seeding import torch_generator
 
     build.apply_machine_settings(settings)
-    labels = label_set(settings.data.name, settings.data.task)
+    labels = settings.data.labels
     model = build.network(settings, labels.num_classes, seed=0).to(device).train()
     objective = build.objective(settings, labels.class_weights).to(device)
     for module in objective.modules():

@@ -1,15 +1,10 @@
 """What numerics.yaml records of the code: digests of its units, and how a changed one is accepted.
 
-A digest is a hash over the node types and fields of a unit's syntax trees. Positions, comments, docstrings
-and texts for people (the arguments of `raise`, `warnings.warn`, `print` and logging) are no part of it; all
-other strings, constants and annotations are. Python 3.11 to 3.14 give the same digest.
+A digest is a hash over a unit's syntax trees, see `mscs.modules`.
 """
 
-import ast
-import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,69 +13,14 @@ from typing import Any
 import yaml
 
 from mscs.errors import MscsError, UsageError, unknown_name
+from mscs.modules import digest
 from mscs.numerics import FILE, PACKAGES, installed_packages, load_numerics, units_of
 from mscs.params import Params
 from mscs.results import write_text
 from reproduce import trees
 from reproduce.revisions import checkout, git
 
-MESSAGES = re.compile(r"print|warnings\.warn|logg(er|ing)\.(debug|info|warning|error|exception|critical)")
 SHOWN = 10
-
-
-def digest(files: Iterable[str], read: Callable[[str], str] = lambda path: Path(path).read_text()) -> str:
-    """Return a unit's digest, 16 hex digits; names and order of its files do not count.
-
-    Python files count by syntax tree, JSON files by content. `read` gives a file's text.
-    """
-    texts = {path: read(path) for path in files}
-    contents = [json.loads(x) if p.endswith(".json") else canonical(ast.parse(x)) for p, x in texts.items()]
-    return _hash(sorted(map(_hash, contents)))[:16]
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def canonical(node: Any) -> Any:
-    """Return a syntax tree as nested lists that are the same on every supported Python.
-
-    Empty fields are left out: newer versions have more of them (`type_params` since 3.12).
-    """
-    if isinstance(node, list):
-        return [canonical(item) for item in node if not _is_docstring(item)]
-    if isinstance(node, ast.Constant):  # its field `kind` (u"...") says nothing; ascii() never changes
-        return ["Constant", type(node.value).__name__, ascii(node.value)]
-    if not isinstance(node, ast.AST):
-        return node
-    if isinstance(node, ast.JoinedStr):
-        return ["JoinedStr", _pieces(node.values)]
-    fields = dict(ast.iter_fields(node))
-    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-        fields["exc"] = node.exc.func
-    elif isinstance(node, ast.Call) and MESSAGES.fullmatch(ast.unparse(node.func)):
-        fields = {"func": node.func}
-    return [type(node).__name__, [[k, canonical(v)] for k, v in fields.items() if v is not None and v != []]]
-
-
-def _is_docstring(node: Any) -> bool:
-    """Return whether a statement is a bare string: a docstring of a module, class, function or field."""
-    text = node.value if isinstance(node, ast.Expr) else None
-    return isinstance(text, ast.Constant) and isinstance(text.value, str)
-
-
-def _pieces(values: list[ast.expr]) -> list[Any]:
-    """Return the parts of an f-string; literal neighbours, which Pythons split differently, are joined."""
-    parts: list[Any] = []
-    for value in values:
-        text = value.value if isinstance(value, ast.Constant) else None
-        if not isinstance(text, str):
-            parts.append(canonical(value))
-        elif parts and isinstance(parts[-1], str):
-            parts[-1] += text
-        elif text:
-            parts.append(text)
-    return parts
 
 
 def accept_same(params: Params, units: Sequence[str], python: str | None = None) -> str:

@@ -16,7 +16,10 @@ from typing import Any
 
 import yaml
 
+from mscs.datasets import DATASETS
 from mscs.errors import UsageError, unknown_name
+from mscs.modules import own_files
+from mscs.numerics import own_paths
 from mscs.params import Params
 from mscs.results import write_text
 from reproduce.cells import FIGURE_RUNS, TABLES, TSNE_RUNS, cells, table_runs
@@ -26,6 +29,8 @@ ROWS_FILE = Path("reproduce/rows/dvc.yaml")
 PROFILE = "${item.profile}"
 RESULTS = f"results/{PROFILE}"
 RESOLVED = f"{RESULTS}/resolved.json"
+RESOLVING = ("blocks", "modules", "numerics", "params", "paths", "settings")
+"""Modules that make resolved.json."""
 HEADER = """\
 # Written by `python -m reproduce pipeline`; change reproduce/pipeline.py or params.yaml instead.
 # Every stage goes through reproduce/stage, natively or in a container with the same hash. The profile is part
@@ -79,7 +84,10 @@ class Pipeline:
         self.params, self.profile = params, profile or params.profile
         self.own_file = own_file(params, self.profile)
         runs = params.runs_of(self.profile)
-        self.seeds = {run: params.resolve(run, self.profile).settings.seeds for run in runs}
+        resolved = {run: params.resolve(run, self.profile) for run in runs}
+        self.seeds = {run: found.settings.seeds for run, found in resolved.items()}
+        self.modules = {path for found in resolved.values() for path in own_paths(found.values)}
+        """Import paths of the user's own code that some run names."""
         self.default = [run for run in default_runs(params) if run in runs]
         self.in_git = params.resolve(runs[0], self.profile).settings.data.source == "real"
         """Results from generated data differ between processors, so every checkout makes its own."""
@@ -96,7 +104,7 @@ class Pipeline:
         root |= {**self._figures(), "report": self._report()}
         known = self.datasets(self.default)
         others = [name for name in self.datasets(rows) if name not in known]
-        row_stages = {"data": self._data(others), **self._jobs(rows)}
+        row_stages = {**self._data(others), **self._jobs(rows)}
         return {
             ROOT_FILE: {"stages": self._placed(root), **self._shown()},
             ROWS_FILE: {"stages": self._placed(row_stages, folder="../..")},
@@ -171,7 +179,8 @@ class Pipeline:
 
     def data_stage(self, dataset: str) -> str:
         """Return DVC's name of the stage of a dataset."""
-        return f"{self._home(dataset in self.datasets(self.default))}data@{self.profile}-{dataset}"
+        stage = "data" if dataset in DATASETS else "own_data"
+        return f"{self._home(dataset in self.datasets(self.default))}{stage}@{self.profile}-{dataset}"
 
     def wanted(self, targets: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return DVC's names of the stages that some targets ask for, and the runs that these need trained.
@@ -206,7 +215,7 @@ class Pipeline:
         return stages, list(dict.fromkeys(runs))
 
     def _runs(self, runs: list[str]) -> dict[str, Any]:
-        return {"resolve": _resolve(), "data": self._data(self.datasets(runs)), **self._jobs(runs)}
+        return {"resolve": self._resolve(), **self._data(self.datasets(runs)), **self._jobs(runs)}
 
     def _jobs(self, runs: list[str]) -> dict[str, Any]:
         """Return the train and evaluate stages, each a matrix over the runs of one dataset and seed.
@@ -248,16 +257,33 @@ class Pipeline:
         ]
         return {"outs": [*outs, *plain]}
 
-    def _data(self, datasets: list[str]) -> dict[str, Any]:
-        deps = ["mscs/datasets/verify.py", "mscs/datasets/${item.dataset}.py"]
+    def _resolve(self) -> dict[str, Any]:
+        deps = ["params.yaml", "numerics.yaml", *(f"mscs/{name}.py" for name in RESOLVING)]
+        here = Path.cwd().resolve()
+        files = {file for path in self.modules for file in own_files(path) if file.is_relative_to(here)}
         return _stage(
-            "data",
-            "${item.dataset}",
-            deps=deps if self.own_file else ["mscs/datasets/toy.py", *deps],
-            params=[{RESOLVED: ["datasets.${item.dataset}"]}],
-            outs=[_out(f"{RESULTS}/data/${{item.dataset}}.json")],
-            matrix={"dataset": datasets},
+            "resolve", deps=deps + [str(file.relative_to(here)) for file in files], outs=[_out(RESOLVED)]
         )
+
+    def _data(self, datasets: list[str]) -> dict[str, Any]:
+        """Return the stages of some datasets: of those with a file here, and of the user's own."""
+        drawn = [] if self.own_file else ["mscs/datasets/toy.py"]
+        kinds = {
+            "data": ([*drawn, "mscs/datasets/${item.dataset}.py"], [x for x in datasets if x in DATASETS]),
+            "own_data": (["mscs/datasets/folders.py"], [x for x in datasets if x not in DATASETS]),
+        }
+        return {
+            name: _stage(
+                "data",
+                "${item.dataset}",
+                deps=["mscs/datasets/verify.py", *deps],
+                params=[{RESOLVED: ["datasets.${item.dataset}"]}],
+                outs=[_out(f"{RESULTS}/data/${{item.dataset}}.json")],
+                matrix={"dataset": members},
+            )
+            for name, (deps, members) in kinds.items()
+            if members
+        }
 
     def _results(self, runs: Iterable[str], name: str) -> list[str]:
         return [f"{RESULTS}/runs/{run}/seed-{seed}/{name}" for run in runs for seed in self.seeds[run]]
@@ -335,8 +361,3 @@ def _stage(
 ) -> dict[str, Any]:
     command = " ".join(["reproduce/stage", verb, PROFILE, *axes])
     return {"matrix": dict(matrix or {}), "cmd": command, "deps": sorted(deps), **fields}
-
-
-def _resolve() -> dict[str, Any]:
-    code = ["mscs/blocks.py", "mscs/numerics.py", "mscs/params.py", "mscs/paths.py", "mscs/settings.py"]
-    return _stage("resolve", deps=["params.yaml", "numerics.yaml", *code], outs=[_out(RESOLVED)])

@@ -8,7 +8,7 @@ Where nothing was measured the answer is "unknown".
 import heapq
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,12 +127,14 @@ def wall_hours(hours: Iterable[float], devices: int) -> float:
     return max(free)
 
 
-def document(found: Sequence[Cost], device: str, devices: int) -> dict[str, Any]:
-    """Return the plan as plain values."""
+def document(
+    found: Sequence[Cost], device: str, devices: int, fits: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the plan as plain values; `fits` tells by run what `mscs.memory.fit` knows."""
     return {
         "device": device,
         "devices": devices,
-        "runs": [vars(cost) for cost in found],
+        "runs": [{**vars(cost), "fits": (fits or {}).get(cost.run)} for cost in found],
         "total": _total(found, devices),
         "to_do": _total([cost.rest() for cost in found if cost.left], devices),
     }
@@ -156,10 +158,11 @@ def text(plan: dict[str, Any]) -> str:
         [
             *(run["run"], run["state"], f"{run['steps']:,}", f"{run['images']:,}", _number(run["hours"])),
             _number(run["group_bytes"] and run["group_bytes"] / 2**30),
+            _fit(run["fits"]),
         ]
         for run in plan["runs"]
     ]
-    lines = [markdown_table(["run", "state", "steps", "images", "hours", "GiB"], rows, aligned=True)]
+    lines = [markdown_table(["run", "state", "steps", "images", "hours", "GiB", "fits"], rows, aligned=True)]
     for name in ("total", "to_do"):
         sums = plan[name]
         counted = f"{sums['runs']} runs, {sums['steps']:,} steps, {sums['images']:,} images"
@@ -168,8 +171,17 @@ def text(plan: dict[str, Any]) -> str:
         lines.append(f"{name.replace('_', ' ')}: {counted}, {hours} device-hours, {wall} hours on {where}")
     if plan["total"]["hours"] is None:
         lines.append("unknown: never measured on this device; --measure does that, in minutes")
+    if any(run["fits"] is None for run in plan["runs"]):
+        lines.append("fits unknown: never tried on this device; `mscs doctor RUN --measure` does that")
     lines.append("Hours are of training on one device, GiB of one group of images. Nothing was started.")
     return "\n".join(lines)
+
+
+def _fit(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["peak_bytes"] is None:
+        return "unknown" if found is None else "no"
+    changes = f" with {', '.join(found['set'])}" if found["set"] else ""
+    return f"{_number(found['peak_bytes'] / 2**30)} GiB{changes}"
 
 
 def _number(value: float | None) -> str:

@@ -32,7 +32,7 @@ class Evaluation(TypedDict, total=False):
     ss: Scores
     ms: Scores
     digest: str
-    numerics: dict[str, int]
+    numerics: dict[str, int | str]
 
 
 class Record(TypedDict):

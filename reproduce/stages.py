@@ -44,13 +44,13 @@ def data(profile: str, dataset: str) -> None:
     from mscs.datasets.verify import verify
     from reproduce.baselines import colour_miou
 
-    settings = read_json(resolved_path(profile))["datasets"][dataset]
+    settings, params = read_json(resolved_path(profile))["datasets"][dataset], load_params()
     generated = settings["data_source"] == "generated"
     root = dataset_root(dataset, settings["data_source"], profile)
     if generated:
         counts = {split: settings[f"{split}_images"] for split in ("train", "val")}
         write_dataset(dataset, root, **counts, image_size=tuple(settings["image_size"]))
-    facts = verify(dataset, root, needed=load_params().splits_used(dataset))
+    facts = verify(params.spec(dataset), root, needed=params.splits_used(dataset))
     del facts["files"]  # they stay in the dataset's own manifest.json; the digest stands for them
     if generated:
         splits = (build_dataset(dataset, split, root, settings["task"]) for split in ("train", "val"))

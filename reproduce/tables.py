@@ -196,13 +196,11 @@ def parameter_count(params: Params, run: str) -> int:
     import torch
 
     from mscs.build import network
-    from mscs.datasets import label_set
     from mscs.models import count_parameters
 
     settings = params.resolve(run, "paper").settings
     with torch.device("meta"):
-        labels = label_set(settings.data.name, settings.data.task)
-        return count_parameters(network(settings, labels.num_classes, seed=None))
+        return count_parameters(network(settings, settings.data.labels.num_classes, seed=None))
 
 
 def label(table: str) -> str:

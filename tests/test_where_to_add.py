@@ -189,8 +189,9 @@ def add_loss(folder: Path) -> None:
         folder / "mscs/build.py",
         ("from mscs.models import", "from mscs.losses.spread import Spread\nfrom mscs.models import"),
         (
-            '{"contrastive": contrastive_terms}',
-            '{"contrastive": contrastive_terms, "spread": lambda block, _: Spread(block.spread_weight)}',
+            '    "contrastive": contrastive_terms,\n',
+            '    "contrastive": contrastive_terms,\n'
+            '    "spread": lambda block, _: Spread(block.spread_weight),\n',
         ),
     )
     edit(
@@ -267,6 +268,7 @@ def test_each_family_is_extended_in_the_places_that_the_readme_lists(copy):
 
 def test_the_readme_lists_these_places():
     section = Path("README.md").read_text().partition("## Where do I add")[2].partition("\n## ")[0]
+    assert "(docs/own-data.md)" in section, "the way that needs no edit of the package"
     places = {
         "dataset": ["mscs/datasets/", "registry.py", "numerics.yaml", "params.yaml"],
         "model": ["mscs/models/", "BUILDERS", "options.py", "numerics.yaml", "params.yaml"],

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mscs.datasets.registry import dataset_spec
-from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet
+from mscs.datasets.spec import IGNORE_INDEX, Entry, Index, LabelSet, Spec
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_mapping
 
@@ -98,12 +98,12 @@ class Dataset:
 
 
 def build_dataset(
-    name: str, split: str, root: str | PathLike[str], task: int | None = None, **options: Any
+    name: str | Spec, split: str, root: str | PathLike[str], task: int | None = None, **options: Any
 ) -> Dataset:
     """Open a split of a dataset.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or the facts of another dataset.
         split: train, val or (cityscapes, cadis) test.
         root: folder of this dataset, in the layout that its module describes.
         task: CaDIS only: 1, 2 or 3 (the default).

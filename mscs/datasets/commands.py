@@ -16,19 +16,22 @@ DataHandler = Callable[[argparse.Namespace, Spec, Path], None]
 SplitsUsed = Callable[[str], Collection[str] | None]
 
 
-def add_data_commands(subparsers: Any, splits_used: SplitsUsed) -> None:
+def add_data_commands(
+    subparsers: Any, splits_used: SplitsUsed, find: Callable[[str], Spec] = dataset_spec
+) -> None:
     """Add the command `data` to the subparsers of the program; handlers are set as `handler`.
 
-    `splits_used` tells which splits of a dataset the runs use; None: not known.
+    `splits_used` tells which splits of a dataset the runs use, None: not known; `find` its facts by name.
     """
     text = "get, make, check and look at the datasets"
     data = subparsers.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
     commands = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    fetch = _command(commands, "fetch", "download a dataset, or take it from a folder or archive", _fetch)
+    command = partial(_command, find)
+    fetch = command(commands, "fetch", "download a dataset, or take it from a folder or archive", _fetch)
     fetch.add_argument("--from", dest="given", type=Path, metavar="PATH", help="archive, or folder (linked)")
 
-    synth = _command(commands, "synth", "draw generated scenes in the dataset's layout", _synth)
+    synth = command(commands, "synth", "draw generated scenes in the dataset's layout", _synth)
     for name, default, what in (
         ("--seed", 0, "seed of the scenes"),
         ("--train", 64, "training images"),
@@ -39,29 +42,31 @@ def add_data_commands(subparsers: Any, splits_used: SplitsUsed) -> None:
     synth.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=size)
 
     text = "convert labels once; optionally decode images to a cache"
-    prepare = _command(commands, "prepare", text, _prepare)
+    prepare = command(commands, "prepare", text, _prepare)
     prepare.add_argument("--cache", action="store_true", help="decode all images to uncompressed files")
     prepare.add_argument("--cache-dir", type=Path, help="where the cache goes (default: decoded in the root)")
     prepare.add_argument("--yes", action="store_true", help="do not ask before writing the cache")
 
     text = "decode and check every file, write the manifest"
-    _command(commands, "verify", text, partial(_verify, splits_used))
-    _command(commands, "info", "print classes, splits, licence and state of a dataset", _info)
+    command(commands, "verify", text, partial(_verify, splits_used))
+    command(commands, "info", "print classes, splits, licence and state of a dataset", _info)
 
-    show = _command(commands, "show", "write a contact sheet of images and labels", _show)
+    show = command(commands, "show", "write a contact sheet of images and labels", _show)
     show.add_argument("--split", default="train", help="split (default: %(default)s)")
     show.add_argument("--n", type=int, default=4, help="number of samples (default: %(default)s)")
     show.add_argument("--task", type=int, help="task, for a dataset that has several (CaDIS: 1, 2 or 3)")
     show.add_argument("--out", type=Path, help="PNG file (default: DATASET-SPLIT.png)")
 
 
-def _command(commands: Any, name: str, text: str, handler: DataHandler) -> argparse.ArgumentParser:
+def _command(
+    find: Callable[[str], Spec], commands: Any, name: str, text: str, handler: DataHandler
+) -> argparse.ArgumentParser:
     def handle(args: argparse.Namespace) -> None:
-        spec = dataset_spec(args.dataset)
+        spec = find(args.dataset)
         handler(args, spec, args.root or default_root(spec.name))
 
     parser = add_command(commands, name, handle, text)
-    parser.add_argument("dataset", metavar="DATASET", help=", ".join(DATASETS))
+    parser.add_argument("dataset", metavar="DATASET", help=f"{', '.join(DATASETS)}, or one of params.yaml")
     parser.add_argument(
         "--root", type=Path, help="the dataset's folder (default: $MSCS_DATA/DATASET or data/DATASET)"
     )
@@ -71,7 +76,7 @@ def _command(commands: Any, name: str, text: str, handler: DataHandler) -> argpa
 def _fetch(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.fetch import fetch
 
-    added = fetch(spec.name, root, given=args.given)
+    added = fetch(spec, root, given=args.given)
     print(f"{root}: {'added ' + ', '.join(added) if added else 'everything is there'}")
     print(f"Next: mscs data {'prepare' if spec.prepare else 'verify'} {spec.name}")
 
@@ -80,7 +85,7 @@ def _synth(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.toy import write_dataset
 
     size = tuple(args.size) if args.size else None
-    write_dataset(spec.name, root, seed=args.seed, train=args.train, val=args.val, image_size=size)
+    write_dataset(spec, root, seed=args.seed, train=args.train, val=args.val, image_size=size)
     print(f"{root}: {args.train} training and {args.val} validation scenes, seed {args.seed}")
 
 
@@ -93,37 +98,38 @@ def _prepare(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     if args.cache:
         from mscs.datasets.prepare import build_cache, cache_bytes
 
-        print(f"decoded images and labels will take {cache_bytes(spec.name, root) / 1e9:.1f} GB")
+        print(f"decoded images and labels will take {cache_bytes(spec, root) / 1e9:.1f} GB")
         if not args.yes and (not sys.stdin.isatty() or input("Write them? [y/N] ").strip().lower() != "y"):
             raise UsageError("nothing written; add --yes to write the cache")
-        print(f"{root}: {build_cache(spec.name, root, args.cache_dir)} files in the cache")
+        print(f"{root}: {build_cache(spec, root, args.cache_dir)} files in the cache")
 
 
 def _verify(splits_used: SplitsUsed, _args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.verify import verify
 
-    manifest = verify(spec.name, root, needed=splits_used(spec.name))
+    manifest = verify(spec, root, needed=splits_used(spec.name))
     print(f"{root}: sound ({_counts(manifest['splits'])}), digest {manifest['digest']}")
 
 
-def _counts(splits: Mapping[str, int]) -> str:
-    return ", ".join(f"{split} {count}" for split, count in splits.items())
+def _counts(splits: Mapping[str, int | None]) -> str:
+    return ", ".join(split if count is None else f"{split} {count}" for split, count in splits.items())
 
 
 def _info(_args: argparse.Namespace, spec: Spec, root: Path) -> None:
-    print(f"{spec.name}: {spec.home} ({spec.licence})")
+    print(f"{spec.name}: {spec.home} ({spec.licence})" if spec.home else f"{spec.name}: your own")
     print(f"  images: {_counts(spec.splits)}")
     for labels in spec.label_sets:
         task = f"task {labels.task}, " if labels.task else ""
         print(f"  {task}{labels.num_classes} classes: {', '.join(labels.classes)}")
     if not root.is_dir():
-        print(f"  {root}: not there; `mscs data fetch {spec.name}` or `mscs data synth {spec.name}`")
+        how = f"` or `mscs data synth {spec.name}`" if spec.toy else " --from FOLDER`"
+        print(f"  {root}: not there; `mscs data fetch {spec.name}{how}")
     elif not (root / "manifest.json").is_file():
         print(f"  {root}: not verified yet; `mscs data verify {spec.name}`")
     else:
         from mscs.datasets.verify import read_manifest
 
-        found = read_manifest(spec.name, root)
+        found = read_manifest(spec, root)
         kind = "generated scenes" if found["generated"] else "verified"
         print(f"  {root}: {kind}, {_counts(found['splits'])}, digest {found['digest']}")
         print(f"  cache of decoded images: {'yes' if any((root / 'decoded').glob('[!.]*')) else 'no'}")
@@ -134,5 +140,5 @@ def _show(args: argparse.Namespace, spec: Spec, root: Path) -> None:
     from mscs.datasets.show import write_contact_sheet
 
     out = args.out or Path(f"{spec.name}-{args.split}.png")
-    write_contact_sheet(build_dataset(spec.name, args.split, root, args.task), args.n, out)
+    write_contact_sheet(build_dataset(spec, args.split, root, args.task), args.n, out)
     print(out)

@@ -25,13 +25,13 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 WRAPPERS = ("", "*/", "*/*/")  # archives and folders may wrap the layout in that many more folders
 
 
-def fetch(name: str, root: Path, *, given: Path | None = None) -> list[str]:
-    """Bring dataset `name` into `root` and return the names of the files and folders that were added.
+def fetch(name: str | Spec, root: Path, *, given: Path | None = None) -> list[str]:
+    """Bring a dataset into `root` and return the names of the files and folders that were added.
 
     A second process that asks for the same root waits for the first.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or the facts of another dataset.
         root: the dataset's root folder.
         given: a folder in the official layout (linked, not copied), an archive, or a folder of archives; None
             means download.
@@ -41,12 +41,15 @@ def fetch(name: str, root: Path, *, given: Path | None = None) -> list[str]:
         MscsError: download or archive failed, or has fewer files than published.
     """
     spec = dataset_spec(name)
+    name = spec.name
     if (root / GENERATED).exists():
         raise UsageError(f"{root} holds generated scenes. Remove that folder, or choose another with --root")
     if not _missing(spec, root):
         return []
     if given is not None and not given.expanduser().exists():
         raise UsageError(f"{name}: --from {given} does not exist")
+    if given is None and not spec.home:
+        raise UsageError(f"{name} has no download; name the folder that holds it with --from")
     if given is None and not all(part.url or part.package for part in spec.parts):
         raise UsageError(
             f"{name} is given out after registration: get the archive at {spec.home} and run "

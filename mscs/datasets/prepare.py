@@ -9,7 +9,8 @@ from tqdm.contrib.concurrent import thread_map
 
 from mscs.datasets.archive import require_space
 from mscs.datasets.base import CACHE, Dataset, build_dataset, image_size
-from mscs.datasets.spec import Entry
+from mscs.datasets.registry import dataset_spec
+from mscs.datasets.spec import Entry, Spec
 from mscs.datasets.verify import listed_files, read_manifest
 from mscs.errors import MscsError
 from mscs.results import atomic_path
@@ -17,7 +18,7 @@ from mscs.results import atomic_path
 NPY_HEADER = 128  # bytes
 
 
-def cache_bytes(name: str, root: Path) -> int:
+def cache_bytes(name: str | Spec, root: Path) -> int:
     """Return how many bytes the cache of decoded images will take."""
     total = 0
     for path, is_label in listed_files(name, root, read_manifest(name, root)["splits"]).items():
@@ -26,19 +27,19 @@ def cache_bytes(name: str, root: Path) -> int:
     return total
 
 
-def build_cache(name: str, root: Path, folder: Path | None = None) -> int:
+def build_cache(name: str | Spec, root: Path, folder: Path | None = None) -> int:
     """Decode every image and label of the splits to uncompressed .npy files; return their number.
 
     Every file is compared with the manifest on the way. Readers use the cache as soon as it is complete, and
     refuse it when the manifest has changed. Interrupted, it goes on where it was.
 
     Args:
-        name: dataset.
+        name: one of `DATASETS`, or the facts of another dataset.
         root: the dataset's root folder, with a manifest.
         folder: where the files go, e.g. on a fast local disk (linked from the root folder); None means
             `decoded` in the root folder.
     """
-    manifest = read_manifest(name, root)
+    spec, manifest = dataset_spec(name), read_manifest(name, root)
     sums = {line.split(" ", 2)[2]: line.split(" ", 1)[0] for line in manifest["files"]}
     cache = root / CACHE
     if folder is not None and not cache.exists():
@@ -62,14 +63,14 @@ def build_cache(name: str, root: Path, folder: Path | None = None) -> int:
         for path, data in zip((entry.image, entry.label), files, strict=True):
             if hashlib.sha256(data).hexdigest() != sums.get(path):
                 raise MscsError(
-                    f"{root / path}: not the file in its manifest. Run `mscs data verify {name}` again"
+                    f"{root / path}: not the file in its manifest. Run `mscs data verify {spec.name}` again"
                 )
         for out, pixels in zip(outs, dataset.decode(entry, *files), strict=True):
             with atomic_path(out) as temporary, temporary.open("wb") as opened:
                 np.save(opened, pixels)
 
-    datasets = [build_dataset(name, split, root) for split in manifest["splits"]]
+    datasets = [build_dataset(spec, split, root) for split in manifest["splits"]]
     samples = [(dataset, entry) for dataset in datasets for entry in dataset.entries]
-    thread_map(decode, *zip(*samples, strict=True), desc=f"decoding {name}", disable=None)
+    thread_map(decode, *zip(*samples, strict=True), desc=f"decoding {spec.name}", disable=None)
     unfinished.rename(complete)
     return len(sums)

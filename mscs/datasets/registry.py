@@ -1,6 +1,4 @@
-"""The datasets by name. Standard library only; the one list that every other list of datasets comes from."""
-
-from typing import TYPE_CHECKING, Literal
+"""The datasets by name. Standard library only; the one list that every other list of them comes from."""
 
 from mscs.datasets import ade20k, cadis, camvid, cityscapes, pascal_context
 from mscs.datasets.spec import LabelSet, Spec
@@ -13,18 +11,15 @@ DATASETS: dict[str, Spec] = {
     "cadis": cadis.SPEC,
     "camvid": camvid.SPEC,
 }
-if TYPE_CHECKING:
-    DatasetName = str
-else:
-    DatasetName = Literal[tuple(DATASETS)]
-    """For settings: the type of a dataset's name."""
 
 
-def dataset_spec(name: str) -> Spec:
-    """Return the facts of a dataset; UsageError for an unknown name."""
-    if name not in DATASETS:
-        raise UsageError(unknown_name("dataset", name, DATASETS))
-    return DATASETS[name]
+def dataset_spec(dataset: str | Spec) -> Spec:
+    """Return the facts of a dataset by name, or as they are; UsageError for an unknown name."""
+    if isinstance(dataset, Spec):
+        return dataset
+    if dataset not in DATASETS:
+        raise UsageError(unknown_name("dataset", dataset, DATASETS))
+    return DATASETS[dataset]
 
 
 def label_set(name: str, task: int | None = None) -> LabelSet:

@@ -149,14 +149,14 @@ class Spec:
     name: str
     label_sets: tuple[LabelSet, ...]
     """One, or one per task; the last is the default."""
-    splits: Mapping[str, int]
-    """Number of images that the official dataset has in each split."""
+    splits: Mapping[str, int | None]
+    """Number of images that the official dataset has in each split; None where nobody says."""
     index: Callable[..., Index]
     """From (labels, split, root, **options) to the samples of a split; options are keyword-only."""
     parts: tuple[Part, ...]
-    home: str
-    """Page to read or register at."""
-    licence: str
+    home: str = ""
+    """Page to read or register at; empty for a dataset of the user's own."""
+    licence: str = ""
     tolerance: float | None = None
     """Difference in mIoU points (percent) up to which a score counts as published; None: nothing is."""
     digests: Path | None = None
@@ -246,7 +246,7 @@ def build_index(labels: LabelSet, root: Path, samples: Iterable[tuple[str, str, 
         if file not in names(folder):
             raise MscsError(
                 f"{root / entry.image} has no label: {root / entry.label} is missing. "
-                f"Fetch {labels.dataset} again"
+                f"Get that file, or fetch {labels.dataset} again"
             )
     if len({entry.id for entry in entries}) < len(entries):
         raise MscsError(f"{labels.dataset}: samples under {root} are listed twice. Fetch the dataset again")

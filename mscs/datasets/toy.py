@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED as MARKER
-from mscs.datasets.spec import LabelSet, Toy
+from mscs.datasets.spec import LabelSet, Spec, Toy
 from mscs.errors import MscsError, UsageError
 from mscs.seeding import numpy_generator
 
@@ -147,7 +147,7 @@ def _lit(image: Array, rng: np.random.Generator) -> Array:
 
 
 def write_dataset(
-    name: str,
+    name: str | Spec,
     root: Path,
     *,
     seed: int = 0,
@@ -160,7 +160,7 @@ def write_dataset(
     Processes that ask for the same tree at once wait for the first one to draw it.
 
     Args:
-        name: of the dataset.
+        name: one of `DATASETS`, or the facts of another dataset.
         root: the dataset's root folder; appears whole or not at all, and replaces an older generated tree.
         seed: of all pictures.
         train: number of training images.
@@ -173,14 +173,14 @@ def write_dataset(
     """
     spec = dataset_spec(name)
     if spec.toy is None:
-        raise UsageError(f"{name} has no generated stand-in; use the real dataset (data_source: real)")
+        raise UsageError(f"{spec.name} has no generated stand-in; use the real dataset (data_source: real)")
     size = image_size or spec.toy.size
     if train < 1 or val < 1 or min(size) < 32:
         raise UsageError(
             f"cannot generate {train} + {val} images of {size} pixels. Accepted: at least 1 image per split, "
             "(height, width) of at least 32 pixels each"
         )
-    made = {"dataset": name, "seed": seed, "train": train, "val": val, "image_size": list(size)}
+    made = {"dataset": spec.name, "seed": seed, "train": train, "val": val, "image_size": list(size)}
     made["version"] = VERSION
     root.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(root.parent, os.O_RDONLY)

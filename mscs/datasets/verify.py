@@ -15,7 +15,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from mscs.datasets.base import MANIFEST, Dataset, build_dataset
 from mscs.datasets.registry import dataset_spec
-from mscs.datasets.spec import GENERATED, Entry
+from mscs.datasets.spec import GENERATED, Entry, Spec
 from mscs.errors import MscsError, UsageError
 from mscs.results import read_json, read_mapping, write_json
 
@@ -23,12 +23,12 @@ SHOWN_PROBLEMS = 20
 
 
 def verify(
-    name: str, root: Path, *, official: bool = True, needed: Collection[str] | None = None
+    name: str | Spec, root: Path, *, official: bool = True, needed: Collection[str] | None = None
 ) -> dict[str, Any]:
     """Check counts, decode every image and label, compare sizes, look for unknown label values.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS`, or the facts of another dataset.
         root: the dataset's root folder; `manifest.json` is written into it if the folder can be written to.
         official: compare with the published digests of files, where there are any; not for files that hold
             the same pixels in another encoding.
@@ -42,7 +42,8 @@ def verify(
         UsageError: unknown dataset, or nothing of it in `root`.
         MscsError: something is wrong with it; problems are named, one per sample, up to `SHOWN_PROBLEMS`.
     """
-    marker, expected = root / GENERATED, dataset_spec(name).splits
+    spec, marker = dataset_spec(name), root / GENERATED
+    name, expected = spec.name, spec.splits
     generated = marker.is_file()
     if generated:
         made = read_mapping(marker)
@@ -51,8 +52,8 @@ def verify(
     problems: list[str] = []
     for split, count in expected.items():
         try:
-            datasets.append(build_dataset(name, split, root))
-            if len(datasets[-1]) != count:
+            datasets.append(build_dataset(spec, split, root))
+            if count not in (None, len(datasets[-1])):
                 problems.append(f"split {split}: {len(datasets[-1])} images, expected {count}")
         except MscsError as error:
             if needed is None or split in needed or not isinstance(error, UsageError):
@@ -64,7 +65,7 @@ def verify(
     problems += [found for found in checked if isinstance(found, str)]
     files = {path: line for found in checked if isinstance(found, dict) for path, line in found.items()}
     if official and not generated:
-        changed = (path for path in dataset_spec(name).changed_files(root) if path in files)
+        changed = (path for path in spec.changed_files(root) if path in files)
         problems += [f"{root / path}: not the official file (SHA-256)" for path in changed]
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
@@ -99,9 +100,9 @@ def _check(dataset: Dataset, entry: Entry) -> dict[str, str] | str:
     }
 
 
-def read_manifest(name: str, root: Path) -> dict[str, Any]:
+def read_manifest(name: str | Spec, root: Path) -> dict[str, Any]:
     """Return the manifest in `root`; UsageError if there is none, MscsError if it is damaged."""
-    path = root / MANIFEST
+    path, name = root / MANIFEST, dataset_spec(name).name
     again = f"Run `mscs data verify {name} --root {root}`"
     if not path.is_file():
         raise UsageError(f"{path}: not there. {again} first")
@@ -116,7 +117,7 @@ def read_manifest(name: str, root: Path) -> dict[str, Any]:
     return found
 
 
-def listed_files(name: str, root: Path, splits: Iterable[str]) -> dict[str, bool]:
+def listed_files(name: str | Spec, root: Path, splits: Iterable[str]) -> dict[str, bool]:
     """Return the image and label files of the splits, sorted, with "is a label"."""
     files: dict[str, bool] = {}
     for split in splits:
@@ -125,7 +126,7 @@ def listed_files(name: str, root: Path, splits: Iterable[str]) -> dict[str, bool
     return dict(sorted(files.items()))
 
 
-def check_manifest(name: str, root: Path) -> str:
+def check_manifest(name: str | Spec, root: Path) -> str:
     """Compare the files in `root` with its manifest, by name and size; return the manifest's digest.
 
     Fast enough to run before every training: no image is read.
@@ -135,6 +136,7 @@ def check_manifest(name: str, root: Path) -> str:
         MscsError: files are missing, were added, or have another size.
     """
     manifest = read_manifest(name, root)
+    again = f"mscs data verify {manifest['dataset']} --root {root}"
     sizes = {path: int(size) for _, size, path in (line.split(" ", 2) for line in manifest["files"])}
     listed = listed_files(name, root, manifest["splits"]).keys()
     problems = []
@@ -147,7 +149,7 @@ def check_manifest(name: str, root: Path) -> str:
     if problems:
         raise MscsError(
             f"{root}: {len(problems)} files do not fit {MANIFEST}, such as {problems[0]}. Fetch the dataset "
-            f"again, or run `mscs data verify {name} --root {root}` if it was changed on purpose"
+            f"again, or run `{again}` if it was changed on purpose"
         )
     return manifest["digest"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mscs.errors import UsageError, unknown_name
-from mscs.model_options import MODEL_OPTIONS
+from mscs.model_options import MODEL_OPTIONS, ModelOptions
 from mscs.models.backbone import build_backbone
 from mscs.models.base import SegmentationModel
 from mscs.models.deeplabv3 import DeepLabV3
@@ -26,7 +26,7 @@ BUILDERS: dict[str, Callable[..., SegmentationModel]] = {
 
 
 def build_model(
-    name: str,
+    name: str | type[SegmentationModel],
     backbone: str,
     num_classes: int,
     *,
@@ -39,7 +39,8 @@ def build_model(
     Weights without a pretrained file are drawn from torch's default generator: seed it first.
 
     Args:
-        name: `hrnet`, `ocrnet`, `deeplabv3` or `upernet`.
+        name: `hrnet`, `ocrnet`, `deeplabv3` or `upernet`; or a class of your own, which may have an attribute
+            `Options`: a dataclass of its options, derived from `ModelOptions`.
         backbone: a timm name, with or without a weight tag.
         num_classes: K, at least 2.
         projector: where embeddings branch off: `backbone`, `fpn` (UPerNet), `concat` (HRNet) or None.
@@ -49,9 +50,14 @@ def build_model(
     Raises:
         UsageError: an unknown name or option, or a combination that does not exist.
     """
-    if name not in BUILDERS:
-        raise UsageError(unknown_name("model", name, BUILDERS))
-    defaults = MODEL_OPTIONS[name]
+    if isinstance(name, str):
+        if name not in BUILDERS:
+            raise UsageError(unknown_name("model", name, BUILDERS))
+        builder, defaults = BUILDERS[name], MODEL_OPTIONS[name]
+    else:
+        if not (isinstance(name, type) and issubclass(name, SegmentationModel)):
+            raise UsageError(f"model {name!r} is no mscs.models.SegmentationModel")
+        builder, defaults, name = name, getattr(name, "Options", ModelOptions)(), name.__name__
     for option in options:
         if option not in vars(defaults):
             raise UsageError(unknown_name(f"option of model {name!r}", option, vars(defaults)))
@@ -65,7 +71,7 @@ def build_model(
             raise UsageError(f"{option} must be a whole number of at least 1, found {value!r}")
     chosen = replace(defaults, **options)
     body = build_backbone(backbone, chosen, pretrained=pretrained)
-    return BUILDERS[name](body, num_classes, projector, chosen)
+    return builder(body, num_classes, projector, chosen)
 
 
 def count_parameters(model: nn.Module) -> int:
