@@ -122,30 +122,29 @@ def _scores(run: str, *results: Results) -> dict[str, Any]:
     return {"scores": {mode: pair for mode, pair in pairs.items() if pair != [None, None]}}
 
 
-def _made_differently(run: str, *results: Results) -> dict[str, Any]:
+def _made_differently(run: str, first: Results, second: Results) -> dict[str, Any]:
     """Return in what two trainings of a run differ by their records: code, packages, machine, data."""
-    found = []
-    for one in results:
-        record = one.record(run)
-        if not record:
-            return {}
-        found.append(
-            {
-                "settings": record.get("digest"),
-                "code": record.get("settings", {}).get("numerics", {}).get("train"),
-                "packages": record.get("packages"),
-                "machine": {key: record.get("machine", {}).get(key) for key in ("cpu", "gpus", "cuda")},
-                "data": record.get("data", {}).get("digest"),
-            }
-        )
-    return differences(*found)
+    before, after = _made_with(run, first), _made_with(run, second)
+    return differences(before, after) if before and after else {}
+
+
+def _made_with(run: str, results: Results) -> dict[str, Any]:
+    record = results.record(run)
+    return record and {
+        "settings": record.get("digest"),
+        "code": record.get("settings", {}).get("numerics", {}).get("train"),
+        "packages": record.get("packages"),
+        "machine": {key: record.get("machine", {}).get(key) for key in ("cpu", "gpus", "cuda")},
+        "data": record.get("data", {}).get("digest"),
+    }
 
 
 def _is_stale(run: str, results: Results, settings: Mapping[str, Any]) -> bool:
     """Return whether a run's scores were made under other settings or versions of the code."""
     by_phase = settings.get(run)
-    for path in results.seed_files(run, "evaluation.json") if by_phase else ():
-        scored = read_json(path)
+    if by_phase is None:
+        return False
+    for scored in map(read_json, results.seed_files(run, "evaluation.json")):
         for phase, made in (("train", scored), ("evaluate", scored.get("evaluation"))):
             now = fingerprint(by_phase[phase]), by_phase[phase]["numerics"]
             if made and "digest" in made and (made["digest"], made.get("numerics")) != now:
