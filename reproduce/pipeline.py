@@ -99,7 +99,7 @@ class Pipeline:
         self.backbone = {run: x.model.backbone for run, x in settings.items() if starts_pinned(x)}
         """Of the runs that start from the pinned weights of their backbone."""
         self.default = [run for run in default_runs(params) if run in runs]
-        self.in_git = settings[runs[0]].data.source == "real"
+        self.in_git = settings[[*self.default, *runs][0]].data.source == "real"
         """Whether data are real, so that they are fetched and results kept in git.
 
         Results from generated data differ between processors, so every checkout makes its own.
