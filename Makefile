@@ -38,11 +38,9 @@ gpu: ## measure what needs a GPU for MINUTES minutes, with the PyTorch of PYTHON
 SMALL := cityscapes-hrnet-hr48-ce cityscapes-hrnet-hr48-ours cityscapes-upernet-r101-ce cityscapes-upernet-r101-ours
 
 small: $(READY) ## profile small: photographs, pretrained weights; 12 trainings of about half an hour of a core
-	$(BIN)/mscs data fetch camvid
 	$(BIN)/python -m reproduce run --profile small --jobs $(JOBS) $(SMALL) fig1 fig3
 
 small-all: $(READY) ## profile small with every run that it has
-	$(BIN)/mscs data fetch camvid
 	$(BIN)/python -m reproduce run --profile small --jobs $(JOBS)
 
 test: $(READY) ## the test suite without its slow tests (offline, CPU, minutes)

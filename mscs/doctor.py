@@ -224,11 +224,11 @@ def check_data(profile: str) -> Iterator[Finding]:
         return
     for name in DATASETS:
         root = default_root(name)
-        remedy = f"`mscs data fetch {name}`, or set MSCS_DATA to the folder that holds {name}/"
-        yield _finding(f"data {name}", root.is_dir(), str(root), remedy)
+        remedy = f"the pipeline fetches it when needed; or set MSCS_DATA to the folder that holds {name}/"
+        yield _finding(f"data {name}", root.is_dir(), str(root), remedy, "warning")
     given = all(os.environ.get(f"CITYSCAPES_{part}") for part in ("USERNAME", "PASSWORD"))
     good = given or default_root("cityscapes").is_dir()
-    remedy = "set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD, or be asked by `mscs data fetch cityscapes`"
+    remedy = "set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD: the pipeline does not ask"
     yield _finding("cityscapes login", good, "set" if given else "not set", remedy, "warning")
 
 

@@ -17,6 +17,7 @@ from mscs.results import write_json
 from reproduce.cells import TABLES, cells
 from reproduce.pipeline import Pipeline, own_file, tables_of
 from reproduce.rendering import markdown_table
+from reproduce.stages import restore
 from reproduce.tables import Results
 from reproduce.workers import devices, side_by_side, visible_gpus
 
@@ -159,19 +160,31 @@ def _run(args: argparse.Namespace) -> int:
     pipeline = Pipeline(results.params, results.profile)
     pipeline.check()
     stages, runs = pipeline.wanted(args.target)
-    command = [sys.executable, "-m", "dvc", "repro", *stages]
+    command = [sys.executable, "-m", "dvc", "repro"]
     if pipeline.in_git:  # weights are not: without them nothing is trained that has its results
         command.append("--allow-missing")
-    if args.keep_going:
-        command.append("--keep-going")
+    keep_going = args.keep_going
     environment = {**os.environ, **({"MSCS_FRESH": "1"} if args.fresh else {})}
     try:
+        if pipeline.in_git and not all(map(pipeline.has_inputs, runs)):
+            shared = [*command, "--keep-going", *pipeline.shared_stages(runs)]
+            subprocess.run(shared, check=False, env=environment)
+            # what cannot be had stops only the runs that need it
+            ready = [run for run in runs if pipeline.has_inputs(run)]
+            if len(ready) < len(runs):
+                keep_going = True
+                print(f"left out, see above: {', '.join(sorted({*runs} - {*ready}))}", file=sys.stderr)
+            runs = ready
         if args.gpus is not None or args.jobs is not None:
             workers = devices(args.gpus, args.jobs)
             code = side_by_side(pipeline, runs, workers, keep_going=args.keep_going, environment=environment)
             if code and not args.keep_going:
                 return code
-        code = subprocess.run(command, check=False, env=environment).returncode
+        command += ["--keep-going"] if keep_going else []
+        code = subprocess.run([*command, *stages], check=False, env=environment).returncode
+        for dataset in set(args.target).intersection(pipeline.datasets(pipeline.seeds)):
+            if code == 0:  # its record may be here without it
+                restore(results.profile, "data", dataset)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

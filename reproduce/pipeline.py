@@ -3,7 +3,8 @@
 dvc.yaml and reproduce/rows/dvc.yaml are written from here (`python -m reproduce pipeline`) for the profile of
 params.yaml: a stage must list every file it uses, and DVC has no way to look that up. A training or an
 evaluation depends on its own settings in resolved.json, which hold the versions of the code that it uses
-(numerics.yaml), and on its data; on no file of code.
+(numerics.yaml), on its data and pretrained weights; on no file of code. What brings real datasets and weights
+has a small record as its out: the files themselves are never DVC's.
 
 A profile that has not all runs (small) has a file of its own, reproduce/<profile>/dvc.yaml, beside those of
 mini or paper. Its tables are no stages: they show what has been trained so far.
@@ -22,6 +23,7 @@ from mscs.modules import own_files
 from mscs.numerics import own_paths
 from mscs.params import Params
 from mscs.results import write_text
+from mscs.settings import Settings
 from reproduce.cells import FIGURE_RUNS, TABLES, TSNE_RUNS, cells, table_runs
 
 ROOT_FILE = Path("dvc.yaml")
@@ -61,6 +63,11 @@ def tables_of(runs: Iterable[str]) -> list[str]:
     return [table for table in TABLES if not set(table_runs(table)).isdisjoint(runs)]
 
 
+def starts_pinned(settings: Settings) -> bool:
+    """Return whether a run starts from the pinned weights of its backbone, not from others or none."""
+    return settings.model.pretrained is True and settings.model.initial_weights is None
+
+
 def own_code(*modules: str) -> list[str]:
     """Return the files of this package that `modules` import, directly or not, and their own."""
     seen: set[Path] = set()
@@ -85,12 +92,18 @@ class Pipeline:
         self.own_file = own_file(params, self.profile)
         runs = params.runs_of(self.profile)
         resolved = {run: params.resolve(run, self.profile) for run in runs}
-        self.seeds = {run: found.settings.seeds for run, found in resolved.items()}
+        settings = {run: found.settings for run, found in resolved.items()}
+        self.seeds = {run: found.seeds for run, found in settings.items()}
         self.modules = {path for found in resolved.values() for path in own_paths(found.values)}
         """Import paths of the user's own code that some run names."""
+        self.backbone = {run: x.model.backbone for run, x in settings.items() if starts_pinned(x)}
+        """Of the runs that start from the pinned weights of their backbone."""
         self.default = [run for run in default_runs(params) if run in runs]
-        self.in_git = params.resolve(runs[0], self.profile).settings.data.source == "real"
-        """Results from generated data differ between processors, so every checkout makes its own."""
+        self.in_git = settings[[*self.default, *runs][0]].data.source == "real"
+        """Whether data are real, so that they are fetched and results kept in git.
+
+        Results from generated data differ between processors, so every checkout makes its own.
+        """
         self.pairs = {figure: pair for figure, pair in FIGURE_RUNS.items() if set(pair) <= set(runs)}
 
     def files(self) -> dict[Path, dict[str, Any]]:
@@ -102,9 +115,7 @@ class Pipeline:
         root = self._runs(self.default)
         root |= {f"tables_{table}": self._table(table) for table in TABLES}
         root |= {**self._figures(), "report": self._report()}
-        known = self.datasets(self.default)
-        others = [name for name in self.datasets(rows) if name not in known]
-        row_stages = {**self._data(others), **self._jobs(rows)}
+        row_stages = {**self._inputs(rows, self.default), **self._jobs(rows)}
         return {
             ROOT_FILE: {"stages": self._placed(root), **self._shown()},
             ROWS_FILE: {"stages": self._placed(row_stages, folder="../..")},
@@ -114,9 +125,10 @@ class Pipeline:
         """Add to every stage its profile, and where the project lies as seen from the stage's file."""
         for stage in stages.values():
             # as it is: DVC would put a value of params.yaml into a shell command unchecked
-            stage["matrix"] = {"profile": [self.profile], **stage["matrix"]}
+            if "matrix" in stage:
+                stage["matrix"] = {"profile": [self.profile], **stage["matrix"]}
             if folder:
-                stage["wdir"] = folder
+                stage.get("do", stage)["wdir"] = folder
         return stages
 
     def _shown(self) -> dict[str, Any]:
@@ -159,14 +171,26 @@ class Pipeline:
         """Return the datasets of some runs, in order of appearance."""
         return list(dict.fromkeys(map(self.dataset, runs)))
 
+    def backbones(self, runs: Iterable[str]) -> list[str]:
+        """Return the backbones whose pinned weights some runs start from, in order of appearance."""
+        return list(dict.fromkeys(self.backbone[run] for run in runs if run in self.backbone))
+
     def _home(self, default: bool = True) -> str:
         """Return what DVC puts before the names of the stages of a file."""
         file = self.own_file or (None if default else ROWS_FILE)
         return f"{file}:" if file else ""
 
     def shared_stages(self, runs: Iterable[str]) -> list[str]:
-        """Return DVC's names of the stages that several runs share: the settings and the data."""
-        return [f"{self._home()}resolve@{self.profile}", *map(self.data_stage, self.datasets(runs))]
+        """Return DVC's names of the stages that several runs share: settings, data and pretrained weights."""
+        known, names = self.backbones(self.default), self.backbones(runs)
+        weights = [f"{self._home(name in known)}weights@{self.profile}-{name}" for name in names]
+        data = map(self.data_stage, self.datasets(runs))
+        return [f"{self._home()}resolve@{self.profile}", *data, *weights]
+
+    def has_inputs(self, run: str) -> bool:
+        """Return whether the records of a run's data and pretrained weights are there."""
+        names = [f"data/{self.dataset(run)}", *(f"weights/{name}" for name in self.backbones([run]))]
+        return all(Path("results", self.profile, f"{name}.json").exists() for name in names)
 
     def stages_of(self, run: str) -> list[str]:
         """Return DVC's names of the stages of one run: train and evaluate, seed by seed."""
@@ -215,7 +239,28 @@ class Pipeline:
         return stages, list(dict.fromkeys(runs))
 
     def _runs(self, runs: list[str]) -> dict[str, Any]:
-        return {"resolve": self._resolve(), **self._data(self.datasets(runs)), **self._jobs(runs)}
+        return {"resolve": self._resolve(), **self._inputs(runs), **self._jobs(runs)}
+
+    def _inputs(self, runs: list[str], known: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the stages that bring what some runs need and the `known` ones do not."""
+        there = {*self.datasets(known), *self.backbones(known)}
+        datasets = [name for name in self.datasets(runs) if name not in there]
+        backbones = [name for name in self.backbones(runs) if name not in there]
+        own = [name for name in datasets if name not in DATASETS]
+        fetched = f"{RESULTS}/fetch/${{item.dataset}}.json"
+        source = fetched if self.in_git else "mscs/datasets/toy.py"
+        deps = ["mscs/datasets/verify.py", "mscs/datasets/${item.dataset}.py", source]
+        own_deps = ["mscs/datasets/verify.py", "mscs/datasets/folders.py", fetched]
+        settings = {"params": [{RESOLVED: ["datasets.${item.dataset}"]}]}
+        stages = {
+            "fetch": _input("fetch", "dataset", datasets if self.in_git else own, [], **settings),
+            "data": _input(
+                "data", "dataset", [name for name in datasets if name in DATASETS], deps, **settings
+            ),
+            "own_data": _input("data", "dataset", own, own_deps, **settings),
+            "weights": _input("weights", "backbone", backbones, ["mscs/models/pretrained.py"]),
+        }
+        return {name: stage for name, stage in stages.items() if all(stage["matrix"].values())}
 
     def _jobs(self, runs: list[str]) -> dict[str, Any]:
         """Return the train and evaluate stages, each a matrix over the runs of one dataset and seed.
@@ -233,7 +278,7 @@ class Pipeline:
         }
 
     def _job(self, verb: str, dataset: str, seed: int, runs: list[str]) -> dict[str, Any]:
-        results, weights = f"{RESULTS}/runs/${{item.run}}/seed-{seed}", _weights("${item.run}", seed)
+        results, weights = f"{RESULTS}/runs/${{item.run}}/seed-{seed}", _trained("${item.run}", seed)
         deps = [f"{RESULTS}/data/{dataset}.json"]
         if verb == "train":
             # they stay in place when the stage runs, which takes what `mscs train` made for what it makes
@@ -244,7 +289,22 @@ class Pipeline:
             deps.append(weights)
             made = self._made([_out(f"{results}/confusion.json")], [_out(f"{results}/evaluation.json")])
         params = [{RESOLVED: [f"runs.${{item.run}}.{verb}"]}]
-        return _stage(verb, "${item.run}", str(seed), deps=deps, matrix={"run": runs}, params=params, **made)
+        stage = _stage(verb, "${item.run}", str(seed), deps=deps, matrix={"run": runs}, params=params, **made)
+        return self._from_weights(stage) if verb == "train" and self.backbones(runs) else stage
+
+    def _from_weights(self, stage: dict[str, Any]) -> dict[str, Any]:
+        """Let each run of a stage depend on the record of the weights that it starts from.
+
+        The axes of a matrix are independent, so it cannot say that; a loop can, and gives the same names. Its
+        runs have equally many dependencies: one that starts from no pinned weights names its data twice.
+        """
+        items = {}
+        for run in stage.pop("matrix")["run"]:
+            pinned = run in self.backbone
+            start = f"weights/{self.backbone[run]}" if pinned else f"data/{self.dataset(run)}"
+            items[f"{self.profile}-{run}"] = {"profile": self.profile, "run": run, "start": start}
+        stage["deps"].append(f"{RESULTS}/${{item.start}}.json")
+        return {"foreach": items, "do": stage}
 
     def _made(self, outs: list[Any], metrics: list[Any], plots: Sequence[Any] = ()) -> dict[str, Any]:
         """Return what a stage makes. Metrics and plots are those of profile paper only: see `_shown`."""
@@ -264,26 +324,6 @@ class Pipeline:
         return _stage(
             "resolve", deps=deps + [str(file.relative_to(here)) for file in files], outs=[_out(RESOLVED)]
         )
-
-    def _data(self, datasets: list[str]) -> dict[str, Any]:
-        """Return the stages of some datasets: of those with a file here, and of the user's own."""
-        drawn = [] if self.own_file else ["mscs/datasets/toy.py"]
-        kinds = {
-            "data": ([*drawn, "mscs/datasets/${item.dataset}.py"], [x for x in datasets if x in DATASETS]),
-            "own_data": (["mscs/datasets/folders.py"], [x for x in datasets if x not in DATASETS]),
-        }
-        return {
-            name: _stage(
-                "data",
-                "${item.dataset}",
-                deps=["mscs/datasets/verify.py", *deps],
-                params=[{RESOLVED: ["datasets.${item.dataset}"]}],
-                outs=[_out(f"{RESULTS}/data/${{item.dataset}}.json")],
-                matrix={"dataset": members},
-            )
-            for name, (deps, members) in kinds.items()
-            if members
-        }
 
     def _results(self, runs: Iterable[str], name: str) -> list[str]:
         return [f"{RESULTS}/runs/{run}/seed-{seed}/{name}" for run in runs for seed in self.seeds[run]]
@@ -320,7 +360,7 @@ class Pipeline:
         pictures = [f"{RESULTS}/figures/{figure}.{kind}" for figure in figures for kind in ("png", "pdf")]
         return _stage(
             verb,
-            deps=deps + [_weights(run, seed) for run, seed in seeds],
+            deps=deps + [_trained(run, seed) for run, seed in seeds],
             params=[{RESOLVED: [f"runs.{run}.evaluate" for run in runs]}],
             **self._made([_out(path) for path in pictures], [_out(f"{RESULTS}/figures/{facts}")]),
         )
@@ -352,7 +392,7 @@ def _out(path: str, **options: Any) -> dict[str, Any]:
     return {path: {"cache": False, **options}}
 
 
-def _weights(run: str, seed: int) -> str:
+def _trained(run: str, seed: int) -> str:
     return f"work/{PROFILE}/runs/{run}/weights/seed-{seed}.safetensors"
 
 
@@ -361,3 +401,10 @@ def _stage(
 ) -> dict[str, Any]:
     command = " ".join(["reproduce/stage", verb, PROFILE, *axes])
     return {"matrix": dict(matrix or {}), "cmd": command, "deps": sorted(deps), **fields}
+
+
+def _input(verb: str, axis: str, names: list[str], deps: list[str], **fields: Any) -> dict[str, Any]:
+    """Return the stage that brings what runs need, with a record of each."""
+    name = f"${{item.{axis}}}"
+    outs = [_out(f"{RESULTS}/{verb}/{name}.json")]
+    return _stage(verb, name, deps=deps, matrix={axis: names}, **fields, outs=outs)

@@ -25,6 +25,12 @@ IMAGE = "mscs:train"
 SHARED_MEMORY = "8g"  # data loader workers hand batches over in /dev/shm; engines give 64 MB
 PROCESSES = 4096  # at most in one container: training processes, data readers, their threads
 RUN_VERBS = ("train", "evaluate")
+NETWORK_VERBS = {
+    "fetch": ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD"),
+    "weights": ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"),
+}
+"""Stages whose containers have a network, and what these alone get of the environment."""
+GIVEN = "MSCS_FROM_"  # and a dataset's name in capitals: its archive or folder
 GPU_VERBS = ("train", "evaluate", "tsne", "qualitative")
 PASSED_ON = ("MSCS_DATA", "MSCS_FRESH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 INSTEAD = "; MSCS_RUNTIME=native runs the stage without a container"
@@ -107,6 +113,13 @@ def container_options(
     git = git_state()
     project = f"{re.sub('[^a-zA-Z0-9_.-]', '', root.name)}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
     environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+    network, given = "none", given_data() if verb == "fetch" else {}
+    if verb in NETWORK_VERBS:
+        network = "bridge"
+        proxies = [key for key in os.environ if key.lower().endswith("_proxy")]
+        wanted = (*NETWORK_VERBS[verb], *proxies)
+        environment |= {key: os.environ[key] for key in wanted if key in os.environ}
+        environment |= {key: str(path) for key, path in given.items()}
     environment |= {
         "HOME": "/tmp",
         "USER": os.environ.get("USER", "mscs"),
@@ -121,14 +134,14 @@ def container_options(
         "working_dir": str(root),
         "mounts": [
             Mount(str(path), str(path), type="bind", read_only=mode == "ro")
-            for path, mode in mounts(root, writes_data=verb == "data").items()
+            for path, mode in mounts(root, *given.values(), writes_data=verb in ("fetch", "data")).items()
         ],
         "user": "{}:{}".format(*owner(root)),
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "pids_limit": PROCESSES,
         "environment": environment,
-        "network_mode": os.environ.get("MSCS_NETWORK") or "none",
+        "network_mode": os.environ.get("MSCS_NETWORK") or network,
         "shm_size": SHARED_MEMORY,
         "init": True,
         "detach": True,
@@ -149,25 +162,32 @@ def weights_folder() -> Path:
     return Path(os.environ.get("MSCS_WEIGHTS") or hub).absolute()
 
 
-def mounts(root: Path, *, writes_data: bool = False) -> dict[Path, str]:
+def given_data() -> dict[str, Path]:
+    """Return the archives and folders that the environment names for datasets, by variable."""
+    return {key: Path(x).expanduser().resolve() for key, x in os.environ.items() if key.startswith(GIVEN)}
+
+
+def mounts(root: Path, *given: Path, writes_data: bool = False) -> dict[Path, str]:
     """Return the folders that a stage uses and how: the project and its data ro, what it writes rw.
 
-    A stage that checks a dataset writes the manifest into its folder.
+    A stage that fetches or checks a dataset writes into its folder. `given` is read too, as is what the links
+    in a dataset's folder lead to.
     """
     data = (root / os.environ.get("MSCS_DATA", "data")).absolute()
     found = {root: "ro"}
-    for folder in (root / "work", root / "results"):
+    written = (root / "work", root / "results", weights_folder(), *([data] if writes_data else ()))
+    for folder in written:
         if not folder.exists():
-            folder.mkdir()
+            folder.mkdir(parents=True)
             os.chown(folder, *owner(root))
         found |= {folder: "rw", folder.resolve(): "rw"}
-    found |= {weights_folder(): "rw"} if weights_folder().is_dir() else {}
+    linked = (path.resolve() for path in data.glob("*/*") if path.is_symlink())
+    found |= {path: "ro" for path in (*given, *linked) if path.exists()}
     for folder in (data, *(data.glob("*") if data.is_dir() else ())):
         for path in {folder, folder.resolve()}:
             if path.is_dir():
                 found.setdefault(path, "rw" if writes_data else "ro")
-    linked = {folder for folder in found if folder.is_symlink()}  # their targets are mounted instead
-    return {path: mode for path, mode in found.items() if path not in linked}
+    return {path: mode for path, mode in found.items() if not path.is_symlink()}  # but what they lead to
 
 
 def create(client: Any, image: Any, options: dict[str, Any]) -> Any:

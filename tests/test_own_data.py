@@ -414,7 +414,7 @@ def test_the_pipeline_takes_the_new_runs_in(own):
     del old_root["stages"]["resolve"]
     assert root == old_root
     added = {name: stage for name, stage in rows["stages"].items() if stage != old_rows["stages"].get(name)}
-    assert set(added) == {"own_data", "train_mydata_seed0", "evaluate_mydata_seed0"}
+    assert set(added) == {"fetch", "own_data", "train_mydata_seed0", "evaluate_mydata_seed0"}
     assert old_rows["stages"].keys() <= rows["stages"].keys()
     assert added["own_data"]["matrix"]["dataset"] == ["mydata"]
     assert after.data_stage("mydata") == "reproduce/rows/dvc.yaml:own_data@mini-mydata"

@@ -121,7 +121,10 @@ def _log_in() -> requests.Session:
     """Log in with CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD, or ask; neither is stored or printed."""
     user, password = (os.environ.get(f"CITYSCAPES_{key}") for key in ("USERNAME", "PASSWORD"))
     if not (user and password) and not sys.stdin.isatty():
-        raise UsageError("Cityscapes needs an account: set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD")
+        raise UsageError(
+            f"Cityscapes needs an account ({CITYSCAPES}/register/): set CITYSCAPES_USERNAME and "
+            "CITYSCAPES_PASSWORD, or name a folder or archives that are there in MSCS_FROM_CITYSCAPES"
+        )
     user = user or input("Cityscapes user name or email: ")
     password = password or getpass.getpass("Cityscapes password: ")
     session = requests.Session()

@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mscs.datasets.archive import BrokenArchive, extract
@@ -25,7 +25,9 @@ ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 WRAPPERS = ("", "*/", "*/*/")  # archives and folders may wrap the layout in that many more folders
 
 
-def fetch(name: str | Spec, root: Path, *, given: Path | None = None) -> list[str]:
+def fetch(
+    name: str | Spec, root: Path, *, given: Path | None = None, needed: Collection[str] = ()
+) -> list[str]:
     """Bring a dataset into `root` and return the names of the files and folders that were added.
 
     A second process that asks for the same root waits for the first.
@@ -34,7 +36,8 @@ def fetch(name: str | Spec, root: Path, *, given: Path | None = None) -> list[st
         name: one of `DATASETS`, or the facts of another dataset.
         root: the dataset's root folder.
         given: a folder in the official layout (linked, not copied), an archive, or a folder of archives; None
-            means download.
+            means what the environment names for the dataset (as MSCS_FROM_CADIS does), or download.
+        needed: splits; where these can be read, each as large as published, nothing is missing.
 
     Raises:
         UsageError: nothing usable at `given`; the dataset cannot be downloaded without it.
@@ -44,16 +47,21 @@ def fetch(name: str | Spec, root: Path, *, given: Path | None = None) -> list[st
     name = spec.name
     if (root / GENERATED).exists():
         raise UsageError(f"{root} holds generated scenes. Remove that folder, or choose another with --root")
-    if not _missing(spec, root):
+    if root.is_symlink() and not root.exists():
+        raise UsageError(f"{root} is a link to {root.readlink()}, which is not there")
+    if not _missing(spec, root) or _readable(spec, root, needed):
         return []
+    variable = f"MSCS_FROM_{name.upper()}"
+    if given is None and os.environ.get(variable):
+        given = Path(os.environ[variable])
     if given is not None and not given.expanduser().exists():
-        raise UsageError(f"{name}: --from {given} does not exist")
+        raise UsageError(f"{name}: {given} (--from or {variable}) does not exist")
     if given is None and not spec.home:
-        raise UsageError(f"{name} has no download; name the folder that holds it with --from")
+        raise UsageError(f"{name} has no download; name the folder that holds it with --from or {variable}")
     if given is None and not all(part.url or part.package for part in spec.parts):
         raise UsageError(
             f"{name} is given out after registration: get the archive at {spec.home} and run "
-            f"`mscs data fetch {name} --from ARCHIVE`"
+            f"`mscs data fetch {name} --from ARCHIVE`, or name it in {variable}"
         )
     added: list[str] = []
     with _alone(root):
@@ -72,6 +80,15 @@ def fetch(name: str | Spec, root: Path, *, given: Path | None = None) -> list[st
 
 def _missing(spec: Spec, root: Path) -> list[Part]:
     return [part for part in spec.parts if part.shortage(root)]
+
+
+def _readable(spec: Spec, root: Path, splits: Collection[str]) -> bool:
+    """Return whether the splits are there for a reader, whatever else was published with them."""
+    try:
+        counts = {split: len(spec.open_index(split, root).entries) for split in splits}
+    except MscsError:
+        return False
+    return bool(counts) and all(counts[split] == spec.splits[split] for split in counts)
 
 
 @contextlib.contextmanager

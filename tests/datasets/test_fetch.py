@@ -613,6 +613,43 @@ def test_from_folder_is_linked(name, small, tmp_path):
     assert fetch.fetch(name, root, given=tree) == []
 
 
+def test_the_environment_names_what_is_given(small, tmp_path, monkeypatch):
+    archive = pack_tree(small("cadis"), tmp_path / "cadis.zip", "zip")
+    monkeypatch.setenv("MSCS_FROM_CADIS", str(archive))
+    assert fetch.fetch("cadis", tmp_path / "root")
+    assert readable("cadis", tmp_path / "root") == [3, 2]
+    monkeypatch.setenv("MSCS_FROM_CADIS", str(tmp_path / "gone.zip"))
+    with pytest.raises(UsageError, match=r"gone\.zip .*MSCS_FROM_CADIS.* does not exist"):
+        fetch.fetch("cadis", tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_what_can_be_read_is_not_fetched_for_what_nobody_reads(name, small, tmp_path, server):
+    """Such as the annotations that Pascal-Context's label images were made of, or a test split."""
+    tree, used = small(name), ("train", "val")
+    linked = tmp_path / "linked"
+    linked.symlink_to(tree)
+    spec = DATASETS[name]
+    assert fetch.fetch(name, linked, needed=used) == []
+    more = dataclasses.replace(spec.parts[0], pattern="more", files={"more/*": 1}, url="", package="")
+    DATASETS[name] = dataclasses.replace(spec, parts=(*spec.parts, more))
+    assert fetch.fetch(name, linked, needed=used) == []
+    with pytest.raises(UsageError, match=name):
+        fetch.fetch(name, linked, needed=())
+    entry = spec.open_index("val", tree).entries[0]
+    (tree / entry.image).unlink()
+    (tree / entry.label).unlink()
+    with pytest.raises(UsageError, match=name):
+        fetch.fetch(name, linked, needed=used)
+    assert linked.is_symlink()
+
+
+def test_a_link_to_nowhere_is_named(tmp_path):
+    (tmp_path / "ade20k").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(UsageError, match=r"ade20k is a link to .*unplugged, which is not there"):
+        fetch.fetch("ade20k", tmp_path / "ade20k")
+
+
 def test_from_the_inner_folder(small, tmp_path):
     tree = small("ade20k")
     fetch.fetch("ade20k", tmp_path / "root", given=tree / "ADEChallengeData2016")

@@ -52,6 +52,13 @@ def expanded(pipeline):
     for path, document in pipeline.files().items():
         home = "" if path == ROOT_FILE else f"{ROWS_FILE}:"
         for name, stage in document["stages"].items():
+            if "foreach" in stage:
+                for key, item in stage["foreach"].items():
+                    text = json.dumps(stage["do"])
+                    for axis, value in item.items():
+                        text = text.replace(f"${{item.{axis}}}", value)
+                    found[f"{home}{name}@{key}"] = json.loads(text)
+                continue
             axes = dict(stage["matrix"])
             for values in itertools.product(*axes.values()):
                 text = json.dumps({key: value for key, value in stage.items() if key != "matrix"})
@@ -96,6 +103,36 @@ def test_a_training_depends_on_its_settings_and_data_and_an_evaluation_on_weight
         for verb, stage in (("train", train), ("evaluate", evaluate)):
             assert stage["params"] == [{"results/mini/resolved.json": [f"runs.{run}.{verb}"]}]
             assert stage["cmd"] == f"reproduce/stage {verb} mini {run} 0"
+
+
+def test_real_data_and_pinned_weights_are_fetched_for_the_runs_that_use_them(params):
+    paper = Pipeline(params, "paper")
+    found = expanded(paper)
+    for run in params.runs:
+        settings = params.resolve(run, "paper").settings
+        dataset, backbone = settings.data.name, settings.model.backbone
+        train, evaluate = (found[name] for name in paper.stages_of(run))
+        data, weights = f"results/paper/data/{dataset}.json", f"results/paper/weights/{backbone}.json"
+        assert train["deps"] == [data, weights]
+        assert train["cmd"] == f"reproduce/stage train paper {run} 0"
+        assert evaluate["deps"][0] == data
+        assert weights not in evaluate["deps"]
+        makers = [found[name] for name in paper.shared_stages([run])]
+        assert [list(stage["outs"][0]) for stage in makers[1:]] == [[data], [weights]]
+        assert f"results/paper/fetch/{dataset}.json" in makers[1]["deps"]
+    made = [path for stage in found.values() if "fetch" in stage["cmd"] for path in stage["outs"][0]]
+    datasets = paper.datasets(params.runs)
+    assert sorted(made) == sorted(f"results/paper/fetch/{dataset}.json" for dataset in datasets)
+
+
+def test_a_run_without_pinned_weights_waits_for_none(folder):
+    replace(
+        folder / "params.yaml", "  paper: {}", "  paper: {runs: {cadis-ocrnet-r50-ce: {pretrained: own.pth}}}"
+    )
+    paper = Pipeline(load_params(), "paper")
+    own, pinned = (expanded(paper)[paper.stages_of(f"cadis-ocrnet-r50-{loss}")[0]] for loss in ("ce", "ours"))
+    assert set(own["deps"]) == {"results/paper/data/cadis.json"}
+    assert set(pinned["deps"]) == {*own["deps"], "results/paper/weights/resnet50.tv_in1k.json"}
 
 
 def test_a_second_seed_adds_its_stages_and_leaves_the_first_ones(pipeline, folder):

@@ -11,7 +11,12 @@ import pytest
 
 import docker
 from mscs.errors import MscsError, UsageError
+from mscs.params import load_params
+from mscs.paths import resolve_all
+from mscs.results import write_json
 from reproduce import runtime, stages
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +125,7 @@ def test_an_unknown_runtime_names_the_known(monkeypatch):
 
 def test_a_stage_goes_to_its_container_with_the_same_words(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results/paper").mkdir(parents=True)
-    (tmp_path / "results/paper/resolved.json").write_text("{}")
+    write_json("results/paper/resolved.json", resolve_all(load_params(ROOT / "params.yaml"), "paper"))
     engine = use(monkeypatch, Engine(Container(code=3), runtimes=("runc", "nvidia")))
     assert stages.run(["train", "paper", "cadis-ocrnet-r50-ce", "0"]) == 3
     assert engine.created["command"] == [
@@ -189,6 +193,37 @@ def test_a_stage_that_checks_data_may_write_the_manifest(monkeypatch, tmp_path):
     found = runtime.mounts(tmp_path / "project")
     assert found[tmp_path / "sets/cadis"] == "ro"
     assert runtime.mounts(tmp_path / "project", writes_data=True)[tmp_path / "sets/cadis"] == "rw"
+
+
+def test_what_fetches_has_a_network_and_may_write_where_it_puts_things(monkeypatch, tmp_path):
+    project, archives = tmp_path / "project", tmp_path / "CaDIS"
+    (archives / "Video01").mkdir(parents=True)
+    project.mkdir()
+    monkeypatch.setenv("MSCS_FROM_CADIS", str(archives))
+    monkeypatch.setenv("CITYSCAPES_PASSWORD", "hidden")
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror")
+    monkeypatch.setenv("https_proxy", "http://proxy")
+
+    def options(verb, *names):
+        found = runtime.container_options(verb, "paper", names, project, "sha256:1234")
+        modes = {Path(m["Target"]): "ro" if m["ReadOnly"] else "rw" for m in found["mounts"]}
+        return found["network_mode"], found["environment"], modes
+
+    network, environment, modes = options("fetch", "cadis")
+    assert (network, modes[project / "data"], modes[archives]) == ("bridge", "rw", "ro")
+    assert environment["MSCS_FROM_CADIS"] == str(archives)
+    assert environment["CITYSCAPES_PASSWORD"] == "hidden"
+    network, environment, modes = options("weights", "resnet50.tv_in1k")
+    assert (network, modes[tmp_path / "weights"], modes[project / "data"]) == ("bridge", "rw", "ro")
+    assert (environment["HF_ENDPOINT"], environment["https_proxy"]) == ("http://mirror", "http://proxy")
+    assert "hidden" not in str(environment)
+    # where a folder was given, the dataset consists of links into it
+    (project / "data/cadis").mkdir()
+    (project / "data/cadis/Video01").symlink_to(archives / "Video01")
+    for verb, mode in (("data", "rw"), ("train", "ro")):
+        network, environment, modes = options(verb, "cadis")
+        assert (network, modes[project / "data/cadis"], modes[archives / "Video01"]) == ("none", mode, "ro")
+        assert not {"CITYSCAPES_PASSWORD", "HF_ENDPOINT", "https_proxy"} & environment.keys()
 
 
 def test_output_and_exit_code_come_through(capfdbinary):
