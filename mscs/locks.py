@@ -14,8 +14,8 @@ from pathlib import Path
 from mscs.errors import MscsError, UsageError
 
 REMEDY = (
-    "mount it with locks (Lustre: flock; NFS: without nolock and local_lock), or link this folder to a disk that "
-    "has them"
+    "mount it with locks (Lustre: flock; NFS: without nolock and local_lock), or link this folder to a disk "
+    "that has them"
 )
 LOCAL = ("localflock", "nolock", "local_lock=all", "local_lock=flock")
 """Options of a mount whose locks other machines do not see."""

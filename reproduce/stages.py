@@ -19,7 +19,8 @@ from mscs.paths import RESULTS, SeedFiles, data_root, dataset_root, read_resolve
 from mscs.results import read_json, write_json
 from reproduce.cells import TSNE_RUNS
 from reproduce.pipeline import Pipeline
-from reproduce.runtime import run_in_container, wants_container
+from reproduce.runtime import run_in_container, runtime_of
+from reproduce.slurm import run_as_job
 from reproduce.tables import Results
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _trained(profile: str, run: str) -> "Iterator[TrainedRun]":
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one stage, here or in a container."""
+    """Run one stage: here, in a container or as a Slurm job."""
     parser = argparse.ArgumentParser(prog="reproduce/stage", description=__doc__)
     parser.add_argument("verb", choices=sorted(VERBS))
     parser.add_argument("profile")
@@ -139,8 +140,10 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int | None:
     if not resolved_path(args.profile).exists() and args.verb != "resolve":
         raise MscsError(f"{resolved_path(args.profile)} is missing; run `dvc repro resolve` first")
-    if args.verb != "resolve" and wants_container(args.profile):  # it reads and writes text only
-        return run_in_container(args.verb, args.profile, args.names)
+    runtime = runtime_of(args.profile, args.verb)
+    if runtime != "native":
+        start = run_in_container if runtime == "docker" else run_as_job
+        return start(args.verb, args.profile, args.names)
     return VERBS[args.verb](args.profile, *args.names)
 
 
