@@ -46,7 +46,7 @@ def _add_pipeline(commands: Any) -> None:
     run.add_argument(
         "target",
         nargs="*",
-        help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows (runs of Tables 4-7 that fill no cell) "
+        help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows (runs of Tables 4-7 without a cell) "
         "or all (default: all but rows)",
     )
     run.add_argument(

@@ -70,10 +70,10 @@ def run_as_job(verb: str, profile: str, names: Sequence[str]) -> int:
     name = f"{stage_name(verb, profile, names, Path.cwd())}-{digest(verb, profile, names)}"
     folder = (WORK / "slurm" / name).absolute()
     job, state, _ = find(name)
-    while state == "COMPLETING" and exit_code(folder) is None:  # cancelled, and still saving
-        time.sleep(LOOK_SECONDS)
+    while exit_code(folder) != 0 and (state == "COMPLETING" or (state == "RUNNING" and exit_code(folder))):
+        time.sleep(LOOK_SECONDS)  # cancelled or failed, and about to leave the queue
         job, state, _ = find(name)
-    if exit_code(folder) == 0 or (job and state != "COMPLETING"):
+    if job or exit_code(folder) == 0:
         print(f"{name}: goes on as job {job}" if job else f"{name}: had ended", file=sys.stderr)
     else:
         prepare(folder, profile)
