@@ -27,7 +27,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mscs.errors import MscsError
 from mscs.locks import check_shared
@@ -66,7 +65,8 @@ end $code
 
 def run_as_job(verb: str, profile: str, names: Sequence[str]) -> int:
     """Run one stage as a job, or go on with the one that is there; return its exit code."""
-    check_shared(Path.cwd())
+    for place in (Path.cwd(), WORK, RESULTS):
+        check_shared(place)
     name = f"{stage_name(verb, profile, names, Path.cwd())}-{digest(verb, profile, names)}"
     folder = (WORK / "slurm" / name).absolute()
     job, state, _ = find(name)
@@ -90,18 +90,16 @@ def run_as_job(verb: str, profile: str, names: Sequence[str]) -> int:
 
 def digest(verb: str, profile: str, names: Sequence[str]) -> str:
     """Return a short digest of what DVC makes the stage's hash of, and of MSCS_FRESH."""
-    command = " ".join(("reproduce/stage", verb, profile, *names))
-    documents = Pipeline(load_params(), profile).files().values()
-    for stage in (stage for document in documents for stage in document["stages"].values()):
+    command, run = " ".join(("reproduce/stage", verb, profile, *names)), (*names, "")[0]
+    for stage in (
+        x for file in Pipeline(load_params(), profile).files().values() for x in file["stages"].values()
+    ):
         text = json.dumps([stage["cmd"], stage["deps"], stage.get("params", [])])
-        run = names[0] if names else ""
         found, files, params = json.loads(text.replace(PROFILE, profile).replace("${item.run}", run))
         if found == command and run in stage["matrix"].get("run", [""]):
             break
     else:
-        raise MscsError(
-            f"the pipeline has no stage `{command}`; `python -m reproduce pipeline` writes it anew"
-        )
+        raise MscsError(f"no stage `{command}`; `python -m reproduce pipeline` writes the pipeline anew")
     parts = [command, os.environ.get("MSCS_FRESH")]
     parts += [file_sha256(file) if Path(file).is_file() else None for file in files]
     for file, keys in (pair for group in params for pair in group.items()):
@@ -131,6 +129,8 @@ def prepare(folder: Path, profile: str) -> None:
     settings = resolved_path(profile)
     (tree / settings).unlink()
     shutil.copy(settings, tree / settings)
+    for name in ("out", "err"):
+        (folder / name).touch()
 
 
 def bring_home(tree: Path) -> None:
@@ -225,12 +225,16 @@ def follow(folder: Path, name: str, job: str) -> int:
 
     parent, asked, told = os.getppid(), -math.inf, ""
     missing: float | None = None
-    read = {"out": 0, "err": 0}
-    with handling((signal.SIGINT, signal.SIGTERM), cancel):
+    with (
+        handling((signal.SIGINT, signal.SIGTERM), cancel),
+        (folder / "out").open("rb") as out,
+        (folder / "err").open("rb") as err,
+    ):
         while True:
             code = exit_code(folder)  # first, so that what was printed before the end is seen
-            for file, stream in (("out", sys.stdout), ("err", sys.stderr)):
-                read[file] += _copy(folder / file, read[file], stream)
+            for file, stream in ((out, sys.stdout), (err, sys.stderr)):
+                shutil.copyfileobj(file, stream.buffer)
+                stream.flush()
             if code is not None:
                 return 128 + received[0] if received and code else code
             if os.getppid() != parent:
@@ -255,24 +259,10 @@ def follow(folder: Path, name: str, job: str) -> int:
             wake.clear()
 
 
-def _copy(path: Path, start: int, stream: Any) -> int:
-    """Copy what a file holds after byte `start` to a stream; return the number of bytes."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        file.seek(start)
-        text = file.read()
-    stream.buffer.write(text)
-    stream.flush()
-    return len(text)
-
-
 def ending(job: str) -> str:
     """Return how a job ended, as far as Slurm still knows."""
-    history = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}"]
-    for line in (history, ["scontrol", "--oneliner", "show", "job", job]):
+    for line in (["sacct", "-nXP", "-o", "State", "-j", job], ["scontrol", "-o", "show", "job", job]):
         with suppress(MscsError):
-            found = re.search(r"(?:^|\bJobState=)([A-Z_]+)", _slurm(line))
-            if found:
+            if found := re.search(r"(?:^|\bJobState=)([A-Z_]+)", _slurm(line)):
                 return found[1]
     return "nothing any more"
