@@ -60,7 +60,7 @@ image: ## build the container images from this commit and lock
 
 docker-check: $(SUPPLY) ## lint the container, compose and cluster files
 	$(SUPPLY)/bin/hadolint docker/Dockerfile
-	$(SUPPLY)/bin/shellcheck docker/entrypoint.sh docker/cluster/train.sbatch reproduce/stage
+	$(SUPPLY)/bin/shellcheck docker/entrypoint.sh reproduce/stage
 	$(SUPPLY)/bin/kubernetes-validate --strict docker/cluster/job.yaml
 	$(COMPOSE) config --quiet
 

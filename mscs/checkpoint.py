@@ -5,11 +5,10 @@ loading it, while what counts is inside the checksum. The last two are kept; a d
 to the one before, with a warning.
 """
 
-import fcntl
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mscs.errors import MscsError, UsageError
+from mscs.locks import locked
 from mscs.models.weights import read_state_dict
 from mscs.results import atomic_path, file_sha256, read_json, write_json
 
@@ -30,9 +30,9 @@ HEADER = "mscs"
 def lock(path: Path) -> Iterator[None]:
     """Hold the outputs that `path` stands for; a second training that writes the same ones is refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(locked(path))
         except BlockingIOError:
             message = f"another process is training into {path.parent}; wait for it or stop it"
             raise UsageError(message) from None

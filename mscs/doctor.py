@@ -86,6 +86,9 @@ def examine(profile: str) -> Iterator[Finding]:
     yield from check_gpus(profile)
     if os.environ.get("MSCS_IN_CONTAINER"):
         yield Finding("docker", "ok", f"inside an image: {os.environ.get('MSCS_IMAGE', 'unnamed')}")
+    elif os.environ.get("MSCS_RUNTIME") == "slurm":
+        found = shutil.which("sbatch")
+        yield _finding("slurm", found is not None, found or "no sbatch", "go to a login node of the cluster")
     else:
         yield from check_docker(profile)
     yield from check_room(profile)

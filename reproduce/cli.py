@@ -19,7 +19,7 @@ from reproduce.pipeline import Pipeline, own_file, tables_of
 from reproduce.rendering import markdown_table
 from reproduce.stages import restore
 from reproduce.tables import Results
-from reproduce.workers import devices, side_by_side, visible_gpus
+from reproduce.workers import Places, side_by_side, visible_gpus
 
 GPU_ITEMS = ("tests", "loss", "memory", "step", "small", "training", "inference", "feed")
 """What `gpu` measures; `benchmarks.gpu_items` says how."""
@@ -47,21 +47,22 @@ def _add_pipeline(commands: Any) -> None:
     run.add_argument(
         "target",
         nargs="*",
-        help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows, or nothing for all",
+        help="1a 1b 2a 2b 3, fig1 to fig4, a run's id, a dataset, rows (runs of Tables 4-7 without a cell) "
+        "or all (default: all but rows)",
     )
     run.add_argument(
         "--keep-going", action="store_true", help="go on with what does not depend on a failed stage"
     )
     run.add_argument("--fresh", action="store_true", help="retrain from step 0 what has to be retrained")
     side = run.add_mutually_exclusive_group()
-    side.add_argument(
-        "--gpus", type=int, metavar="N", help="train N runs side by side, each on a GPU of its own"
-    )
+    side.add_argument("--gpus", type=int, metavar="N", help="share N GPUs among runs side by side")
     side.add_argument("--jobs", type=int, metavar="N", help="train N runs side by side, wherever they run")
+    text = "GPUs of one run, with --gpus (default: a GPU per group of images)"
+    run.add_argument("--gpus-per-run", type=int, metavar="M", help=text)
 
     text = "say what a target costs here, and start nothing"
     plan = add_command(commands, "plan", _plan, text, profile=True, as_json=True)
-    plan.add_argument("target", nargs="*", help="as for run (default: all)")
+    plan.add_argument("target", nargs="*", help="as for run (default: all but rows)")
     plan.add_argument("--gpus", type=int, metavar="N", help="devices to plan for (default: those here)")
     plan.add_argument(
         "--device", metavar="NAME", help="plan for a GPU that was measured (default: what is here)"
@@ -175,9 +176,9 @@ def _run(args: argparse.Namespace) -> int:
                 keep_going = True
                 print(f"left out, see above: {', '.join(sorted({*runs} - {*ready}))}", file=sys.stderr)
             runs = ready
-        if args.gpus is not None or args.jobs is not None:
-            workers = devices(args.gpus, args.jobs)
-            code = side_by_side(pipeline, runs, workers, keep_going=args.keep_going, environment=environment)
+        if (args.gpus, args.jobs, args.gpus_per_run) != (None, None, None):
+            places = Places(args.gpus, args.jobs, args.gpus_per_run)
+            code = side_by_side(pipeline, runs, places, keep_going=args.keep_going, environment=environment)
             if code and not args.keep_going:
                 return code
         command += ["--keep-going"] if keep_going else []
@@ -191,7 +192,7 @@ def _run(args: argparse.Namespace) -> int:
     if code == 0 and pipeline.own_file:
         _write_tables(results, tables_of(pipeline.default))
     page = results.root / "report.html"
-    if code == 0 and page.exists() and (pipeline.own_file or not args.target):
+    if code == 0 and page.exists() and (pipeline.own_file or "all" in args.target or not args.target):
         print(f"report: {page.resolve()}")
     return code
 

@@ -227,6 +227,8 @@ class Pipeline:
             known["report"] = [f"report@{profile}"], self.default
         known |= {dataset: ([self.data_stage(dataset)], []) for dataset in self.datasets(self.seeds)}
         known |= {run: (self.stages_of(run)[1::2], [run]) for run in self.seeds}
+        every = [str(self.own_file)] if self.own_file else [str(ROOT_FILE), str(ROWS_FILE)]
+        known["all"] = every, list(self.seeds)
         for target in targets:
             if target not in known and target.lower().startswith("tab"):  # the tables are named 2b and so on
                 raise UsageError(unknown_name("table", target, tables_of(self.seeds)))

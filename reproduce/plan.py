@@ -8,7 +8,7 @@ Where nothing was measured the answer is "unknown".
 import heapq
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,19 +83,30 @@ def state(settings: Settings, seed: int) -> str:
 
 def measurement(settings: Settings, device: str) -> dict[str, Any] | None:
     """Return what was last measured on `device` for a run's network, loss, group of images and options."""
+    return next((row for name, row in _measured(settings) if name == device), None)
+
+
+def hours_on_slowest_gpu(settings: Settings) -> float | None:
+    """Return the hours that one seed takes on one GPU, the slowest that was measured; None if none was."""
+    steps = settings.schedule.steps * settings.schedule.groups
+    times = [row["step_ms"] for name, row in _measured(settings) if not name.endswith(" cores")]
+    return steps * max(times) / 3.6e6 if times else None
+
+
+def _measured(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (device, row) of what fits a run's network, loss, group of images and options, newest first."""
     folders = (WORK / settings.profile / "benchmark", MEASURED)
     files = [file for folder in folders for file in folder.glob("step-*.json")]
     for file in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         document = read_json(file)
-        if (document["device"], document["profile"], document["quick"]) != (device, settings.profile, False):
+        if (document["profile"], document["quick"]) != (settings.profile, False):
             continue
         for row in document["results"]:
             same = all(row["options"].get(key, False) == getattr(settings.machine, key) for key in OPTIONS)
             found = (row["row"], row.get("loss"), row["batch"])
             wanted = (settings.schedule.name, settings.loss.name, settings.schedule.images_per_group)
             if same and found == wanted and "failed" not in row:
-                return row
-    return None
+                yield document["device"], row
 
 
 def device_name() -> str:

@@ -1,8 +1,8 @@
-"""Where a pipeline stage runs: in this interpreter, or in a container of the project's image.
+"""Where a pipeline stage runs: in this interpreter, in a container of the project's image, or as a Slurm job.
 
 The stage's command is the same either way, so DVC sees one hash. Stages of profile paper run in the image,
-those of mini here; MSCS_RUNTIME=native or docker overrides. The project is mounted at its own path, because
-links between its files may be absolute.
+those of mini here; MSCS_RUNTIME=native, docker or slurm (reproduce/slurm.py) overrides. The project is
+mounted at its own path, because links between its files may be absolute.
 """
 
 import hashlib
@@ -10,21 +10,19 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mscs.doctor import has_gpu_runtime
 from mscs.errors import MscsError, UsageError, unknown_name
 from mscs.provenance import git_state
 
-RUNTIMES = ("native", "docker")
+RUNTIMES = ("native", "docker", "slurm")
 IMAGE = "mscs:train"
 SHARED_MEMORY = "8g"  # data loader workers hand batches over in /dev/shm; engines give 64 MB
 PROCESSES = 4096  # at most in one container: training processes, data readers, their threads
-RUN_VERBS = ("train", "evaluate")
 NETWORK_VERBS = {
     "fetch": ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD"),
     "weights": ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"),
@@ -36,14 +34,26 @@ PASSED_ON = ("MSCS_DATA", "MSCS_FRESH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS
 INSTEAD = "; MSCS_RUNTIME=native runs the stage without a container"
 
 
-def wants_container(profile: str) -> bool:
-    """Return whether a stage of this profile, started here, belongs in a container."""
-    if os.environ.get("MSCS_IN_CONTAINER"):
-        return False
+def runtime_of(profile: str, verb: str) -> str:
+    """Return where a stage, started here, belongs: one of RUNTIMES. On Slurm only what computes is a job."""
+    if os.environ.get("MSCS_IN_CONTAINER") or verb == "resolve":  # which reads and writes text only
+        return "native"
     asked = os.environ.get("MSCS_RUNTIME") or ("docker" if profile == "paper" else "native")
     if asked not in RUNTIMES:
         raise UsageError(unknown_name("MSCS_RUNTIME", asked, RUNTIMES))
-    return asked == "docker"
+    return "native" if asked == "slurm" and verb not in GPU_VERBS else asked
+
+
+def stage_name(verb: str, profile: str, names: Sequence[str], root: Path) -> str:
+    """Return the name of a stage of this project on its machine or cluster. It has no random part."""
+    project = f"{re.sub('[^a-zA-Z0-9_.-]', '', root.name)}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
+    return "-".join(("mscs", project, profile, *(() if verb == "train" else (verb,)), *names))
+
+
+def commit_variable() -> dict[str, str]:
+    """Return MSCS_GIT_COMMIT as it stands in for git where a stage cannot see the repository."""
+    git = git_state()
+    return {"MSCS_GIT_COMMIT": git["commit"] + ("-dirty" if git["dirty"] else "")} if git["commit"] else {}
 
 
 def run_in_container(verb: str, profile: str, names: Sequence[str]) -> int:
@@ -106,12 +116,10 @@ def container_options(
 ) -> dict[str, Any]:
     """Return what the container of a stage is created with.
 
-    Its name has no random part: two containers that write the same files cannot be there at once.
+    Train and evaluate of a seed share a name: two containers that write the same files cannot be there.
     """
     from docker.types import Mount
 
-    git = git_state()
-    project = f"{re.sub('[^a-zA-Z0-9_.-]', '', root.name)}-{hashlib.sha256(bytes(root)).hexdigest()[:6]}"
     environment = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
     network, given = "none", given_data() if verb == "fetch" else {}
     if verb in NETWORK_VERBS:
@@ -125,11 +133,10 @@ def container_options(
         "USER": os.environ.get("USER", "mscs"),
         "MSCS_IMAGE": image,
         "MSCS_WEIGHTS": str(weights_folder()),
+        **commit_variable(),
     }
-    if git["commit"]:
-        environment["MSCS_GIT_COMMIT"] = git["commit"] + ("-dirty" if git["dirty"] else "")
     return {
-        "name": "-".join(("mscs", project, profile, *(() if verb in RUN_VERBS else (verb,)), *names)),
+        "name": stage_name("train" if verb == "evaluate" else verb, profile, names, root),
         "command": ["python", "-m", "reproduce.stages", verb, profile, *names],
         "working_dir": str(root),
         "mounts": [
@@ -219,8 +226,12 @@ def follow(container: Any) -> int:
     """Start a container, copy its output here until it ends, and return its exit code."""
     import docker
 
+    def hand_over(number: int) -> None:  # it then saves and ends
+        with suppress(docker.errors.APIError):
+            container.kill(signal="SIGINT" if number == signal.SIGINT else "SIGTERM")
+
     output = container.attach(stream=True, demux=True)
-    with _signals_to(container):
+    with handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), hand_over):
         try:
             container.start()
         except docker.errors.APIError as error:
@@ -240,18 +251,11 @@ def follow(container: Any) -> int:
 
 
 @contextmanager
-def _signals_to(container: Any) -> Iterator[None]:
-    """Hand termination signals to the container, which then saves and ends; a lost terminal is one too."""
-    import docker
-
-    def hand_over(number: int, _frame: FrameType | None) -> None:
-        with suppress(docker.errors.APIError):
-            container.kill(signal="SIGINT" if number == signal.SIGINT else "SIGTERM")
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, hand_over) for number in numbers}
+def handling(numbers: Iterable[signal.Signals], handler: Callable[[int], None]) -> Iterator[None]:
+    """Give signals to a function while the block runs."""
+    before = {number: signal.signal(number, lambda found, _frame: handler(found)) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

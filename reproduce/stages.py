@@ -5,7 +5,6 @@ params.yaml directly.
 """
 
 import argparse
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from mscs.command_line import run_command
 from mscs.datasets.spec import default_root
 from mscs.errors import MscsError
 from mscs.job import Job
+from mscs.locks import locked
 from mscs.params import load_params
 from mscs.paths import (
     RESULTS,
@@ -31,7 +31,8 @@ from mscs.paths import (
 from mscs.results import read_json, write_json
 from reproduce.cells import TSNE_RUNS
 from reproduce.pipeline import Pipeline, starts_pinned
-from reproduce.runtime import run_in_container, wants_container, weights_folder
+from reproduce.runtime import run_in_container, runtime_of, weights_folder
+from reproduce.slurm import run_as_job
 from reproduce.tables import Results
 
 if TYPE_CHECKING:
@@ -170,8 +171,7 @@ def restore(profile: str, verb: str, name: str) -> None:
     if drawn or not path.exists():  # a training draws it itself; the pipeline has not come to it
         return
     (WORK / profile).mkdir(parents=True, exist_ok=True)
-    with (WORK / profile / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(WORK / profile / f"{name}.lock", f"waiting for another process that brings {name}"):
         recorded = read_json(path)
         if _is_here(verb, name, recorded):
             return
@@ -216,7 +216,7 @@ def _trained(profile: str, run: str) -> "Iterator[TrainedRun]":
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run one stage, here or in a container."""
+    """Run one stage: here, in a container or as a Slurm job."""
     parser = argparse.ArgumentParser(prog="reproduce/stage", description=__doc__)
     parser.add_argument("verb", choices=sorted(VERBS))
     parser.add_argument("profile")
@@ -237,8 +237,10 @@ def _run(args: argparse.Namespace) -> int | None:
 
 
 def _carry_out(verb: str, profile: str, names: Sequence[str]) -> int | None:
-    if verb != "resolve" and wants_container(profile):  # it reads and writes text only
-        return run_in_container(verb, profile, names)
+    runtime = runtime_of(profile, verb)
+    if runtime != "native":
+        start = run_in_container if runtime == "docker" else run_as_job
+        return start(verb, profile, names)
     return VERBS[verb](profile, *names)
 
 

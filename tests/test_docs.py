@@ -39,7 +39,7 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"[\w.<>*-]+(/[\w.<>*+-]+)*/?")
 SUFFIXES = (
     *(".py", ".yaml", ".yml", ".md", ".json", ".lock", ".toml", ".csv", ".html", ".tex", ".sh", ".cff"),
-    *(".safetensors", ".pt", ".pdf", ".png", ".sbatch"),
+    *(".safetensors", ".pt", ".pdf", ".png"),
 )
 GENERATED = (
     "results",

@@ -10,6 +10,7 @@ import pytest
 LAYERS = [
     {
         "errors",
+        "locks",
         "seeding",
         "distributed",
         "metrics",

@@ -5,7 +5,6 @@ or not at all, and counts as there when it has as many files as published; so a 
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from mscs.datasets.archive import BrokenArchive, extract
 from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED, Part, Spec
 from mscs.errors import MscsError, UsageError
+from mscs.locks import locked
 from mscs.results import file_sha256, read_mapping, write_json
 
 DOWNLOADS = ".downloads"
@@ -95,12 +95,7 @@ def _readable(spec: Spec, root: Path, splits: Collection[str]) -> bool:
 def _alone(root: Path) -> Iterator[None]:
     """Let one process at a time work in `root`, and leave nothing half-done there."""
     (root / DOWNLOADS).mkdir(parents=True, exist_ok=True)
-    with (root / DOWNLOADS / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another fetch into {root}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(root / DOWNLOADS / "lock", waiting=f"waiting for another fetch into {root}"):
         try:
             for stale in (root / DOWNLOADS).glob("tmp*"):  # of a killed download
                 stale.unlink()

@@ -9,9 +9,7 @@ The readers of this package cannot tell the difference to real data, apart from 
 `write_dataset` alone, byte for byte.
 """
 
-import fcntl
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -27,6 +25,7 @@ from mscs.datasets.registry import dataset_spec
 from mscs.datasets.spec import GENERATED as MARKER
 from mscs.datasets.spec import LabelSet, Spec, Toy
 from mscs.errors import MscsError, UsageError
+from mscs.locks import locked
 from mscs.seeding import numpy_generator
 
 VERSION = 2
@@ -183,13 +182,9 @@ def write_dataset(
     made = {"dataset": spec.name, "seed": seed, "train": train, "val": val, "image_size": list(size)}
     made["version"] = VERSION
     root.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(root.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with locked(root.parent, waiting=f"waiting for another process that draws into {root.parent}"):
         if not _is_made(root, made):
             _replace_tree(root, spec.toy, spec.labels(), made)
-    finally:
-        os.close(folder)
 
 
 def _is_made(root: Path, made: dict[str, Any]) -> bool:

@@ -4,7 +4,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +52,8 @@ def test_what_the_build_copies_exists_and_nothing_private_enters_it():
         assert stage in stages
 
 
-@pytest.mark.parametrize("name", ["cluster/train.sbatch", "entrypoint.sh"])
-def test_scripts_parse(name):
-    shell = (DOCKER / name).read_text().splitlines()[0].rsplit("/", 1)[1]
-    subprocess.run([shell, "-n", DOCKER / name], check=True)
+def test_the_entrypoint_parses():
+    subprocess.run(["sh", "-n", DOCKER / "entrypoint.sh"], check=True)
 
 
 def test_the_kubernetes_job_names_a_known_run_and_the_users_image(params):

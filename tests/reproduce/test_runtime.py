@@ -99,28 +99,32 @@ def use(monkeypatch, engine):
 
 
 @pytest.mark.parametrize(
-    ("profile", "asked", "inside", "expected"),
+    ("profile", "verb", "asked", "inside", "expected"),
     [
-        ("paper", None, None, True),
-        ("mini", None, None, False),
-        ("paper", "native", None, False),
-        ("mini", "docker", None, True),
-        ("paper", None, "1", False),
-        ("mini", "docker", "1", False),
+        ("paper", "train", None, None, "docker"),
+        ("mini", "train", None, None, "native"),
+        ("paper", "train", "native", None, "native"),
+        ("mini", "data", "docker", None, "docker"),
+        ("paper", "train", None, "1", "native"),
+        ("mini", "train", "docker", "1", "native"),
+        ("paper", "evaluate", "slurm", None, "slurm"),
+        ("paper", "tables", "slurm", None, "native"),
     ],
 )
-def test_paper_runs_in_the_image_and_mini_here_unless_asked(monkeypatch, profile, asked, inside, expected):
+def test_paper_runs_in_the_image_and_mini_here_unless_asked(
+    monkeypatch, profile, verb, asked, inside, expected
+):
     if asked:
         monkeypatch.setenv("MSCS_RUNTIME", asked)
     if inside:
         monkeypatch.setenv("MSCS_IN_CONTAINER", inside)
-    assert runtime.wants_container(profile) is expected
+    assert runtime.runtime_of(profile, verb) == expected
 
 
 def test_an_unknown_runtime_names_the_known(monkeypatch):
     monkeypatch.setenv("MSCS_RUNTIME", "podman")
-    with pytest.raises(UsageError, match="docker, native"):
-        runtime.wants_container("mini")
+    with pytest.raises(UsageError, match="docker, native, slurm"):
+        runtime.runtime_of("mini", "train")
 
 
 def test_a_stage_goes_to_its_container_with_the_same_words(monkeypatch, tmp_path):
