@@ -12,6 +12,7 @@ after the job are its results. Its exit code, written last, says that it has end
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -33,7 +34,7 @@ from mscs.locks import check_shared
 from mscs.params import load_params
 from mscs.paths import RESULTS, WORK, read_resolved, resolved_path
 from mscs.results import atomic_path, file_sha256, read_json, write_text
-from reproduce.pipeline import PROFILE, Pipeline
+from reproduce.pipeline import Pipeline
 from reproduce.plan import hours_on_slowest_gpu
 from reproduce.runtime import commit_variable, handling, mounts, stage_name, weights_folder
 
@@ -90,21 +91,28 @@ def run_as_job(verb: str, profile: str, names: Sequence[str]) -> int:
 
 def digest(verb: str, profile: str, names: Sequence[str]) -> str:
     """Return a short digest of what DVC makes the stage's hash of, and of MSCS_FRESH."""
-    command, run = " ".join(("reproduce/stage", verb, profile, *names)), (*names, "")[0]
-    for stage in (
-        x for file in Pipeline(load_params(), profile).files().values() for x in file["stages"].values()
-    ):
-        text = json.dumps([stage["cmd"], stage["deps"], stage.get("params", [])])
-        found, files, params = json.loads(text.replace(PROFILE, profile).replace("${item.run}", run))
-        if found == command and run in stage["matrix"].get("run", [""]):
-            break
-    else:
-        raise MscsError(f"no stage `{command}`; `python -m reproduce pipeline` writes the pipeline anew")
+    command = " ".join(("reproduce/stage", verb, profile, *names))
+    files, params = _inputs(Pipeline(load_params(), profile), command)
     parts = [command, os.environ.get("MSCS_FRESH")]
     parts += [file_sha256(file) if Path(file).is_file() else None for file in files]
     for file, keys in (pair for group in params for pair in group.items()):
         parts += [functools.reduce(operator.getitem, key.split("."), read_json(file)) for key in keys]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _inputs(pipeline: Pipeline, command: str) -> tuple[list[str], list[dict[str, list[str]]]]:
+    """Return the files and the parameters that the stage with this command depends on."""
+    for stage in (stage for file in pipeline.files().values() for stage in file["stages"].values()):
+        body, axes = stage.get("do", stage), stage.get("matrix", {})
+        combined = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        for item in stage.get("foreach", {}).values() or combined:
+            text = json.dumps([body["cmd"], body["deps"], body.get("params", [])])
+            for axis, value in item.items():
+                text = text.replace(f"${{item.{axis}}}", value)
+            found, files, params = json.loads(text)
+            if found == command:
+                return files, params
+    raise MscsError(f"no stage `{command}`; `python -m reproduce pipeline` writes the pipeline anew")
 
 
 def prepare(folder: Path, profile: str) -> None:

@@ -115,6 +115,17 @@ def test_no_engine_is_a_problem_only_where_one_is_needed(monkeypatch, tmp_path):
     assert states(doctor.examine("paper"))["docker"] == "ok"
 
 
+def test_a_cluster_needs_sbatch_and_no_docker(monkeypatch, tmp_path):
+    monkeypatch.delenv("MSCS_IN_CONTAINER", raising=False)
+    monkeypatch.setenv("MSCS_RUNTIME", "slurm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = states(doctor.examine("paper"))
+    assert found["slurm"] == "problem"
+    assert "docker" not in found
+    (tmp_path / "sbatch").touch(0o755)
+    assert states(doctor.examine("paper"))["slurm"] == "ok"
+
+
 def test_data_folders_and_login(monkeypatch, tmp_path):
     monkeypatch.setenv("MSCS_DATA", str(tmp_path))
     for name in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD"):

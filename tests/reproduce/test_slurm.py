@@ -309,6 +309,19 @@ def test_the_name_of_a_job_follows_what_its_stage_depends_on(cluster, monkeypatc
         slurm.digest("train", "mini", ["nothing", "0"])
 
 
+def test_each_stage_that_becomes_a_job_has_a_name_and_pretrained_weights_are_part_of_it(project, params):
+    write_json(resolved_path("paper"), resolve_all(params, "paper"))
+    pinned, other = "cityscapes-hrnet-hr48-ours", "ade20k-upernet-swins-ours"
+    stages = [(verb, [run, "0"]) for verb in ("train", "evaluate") for run in (pinned, other)]
+    stages += [("tsne", []), ("qualitative", [])]
+    before = [slurm.digest(verb, "paper", names) for verb, names in stages]
+    assert len(set(before)) == len(before)
+    settings = read_resolved(resolved_path("paper"), pinned)
+    write_json(Path("results/paper/weights", f"{settings.model.backbone}.json"), {"sha256": "a"})
+    after = [slurm.digest(verb, "paper", names) for verb, names in stages]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] + [True] * 5
+
+
 def test_resources_follow_groups_and_measured_hours(project, params):
     write_json(resolved_path("paper"), resolve_all(params, "paper"))
     assert slurm.resources("train", "mini", [RUN, "0"]) == []
