@@ -163,6 +163,8 @@ def _trained(tree: Tree, commands: list[list[str]], params: str) -> dict[str, An
         written = {path.name: path for path in (folder / "results" / PROFILE / "runs").rglob("*.*")}
         names = ("train.json", "evaluation.json", "confusion.json")
         found = {name: read_json(written[name]) for name in names}
+        for key in ("digest", "numerics", "evaluation"):  # they tell what the scores are of
+            found["evaluation.json"].pop(key, None)
         with written["losses.csv"].open() as file:
             rows = list(csv.DictReader(file))
         losses = {key: [float(row[key]) for row in rows if row[key]] for key in rows[0]}
