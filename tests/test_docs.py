@@ -501,7 +501,7 @@ def test_operations_quotes_messages_that_exist():
 
 
 def test_reproduce_counts_runs_and_steps():
-    text = (ROOT / "docs" / "reproduce.md").read_text()
+    text = (ROOT / "docs" / "costs.md").read_text()
     groups = {"default": pipeline.default_runs(params()), "rows": pipeline.row_runs(params())}
     for name, runs in groups.items():
         for dataset in DATASETS:
