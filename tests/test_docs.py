@@ -417,7 +417,8 @@ def test_command_on_history_runs(command, clone):
 
 
 def trains_or_measures(command):
-    if command.inline or any("paper" in word for word in command.words):
+    many = {"--gpus", "--jobs"}  # these want a machine for many trainings at once
+    if command.inline or any("paper" in word or word in many for word in command.words):
         return False
     first = command.arguments[0] if command.arguments else ""
     measures = first.startswith("benchmarks/") and first != "benchmarks/camvid.py"  # that packs real data
