@@ -19,7 +19,7 @@ from reproduce.pipeline import Pipeline, own_file, tables_of
 from reproduce.rendering import markdown_table
 from reproduce.stages import restore
 from reproduce.tables import Results
-from reproduce.workers import Places, side_by_side, visible_gpus
+from reproduce.workers import Places, repro, side_by_side, visible_gpus
 
 GPU_ITEMS = ("tests", "loss", "memory", "step", "small", "training", "inference", "feed")
 """What `gpu` measures; `benchmarks.gpu_items` says how."""
@@ -161,14 +161,11 @@ def _run(args: argparse.Namespace) -> int:
     pipeline = Pipeline(results.params, results.profile)
     pipeline.check()
     stages, runs = pipeline.wanted(args.target)
-    command = [sys.executable, "-m", "dvc", "repro"]
-    if pipeline.in_git:  # weights are not: without them nothing is trained that has its results
-        command.append("--allow-missing")
     keep_going = args.keep_going
     environment = {**os.environ, **({"MSCS_FRESH": "1"} if args.fresh else {})}
     try:
         if pipeline.in_git and not all(map(pipeline.has_inputs, runs)):
-            shared = [*command, "--keep-going", *pipeline.shared_stages(runs)]
+            shared = repro(pipeline, "--keep-going", *pipeline.shared_stages(runs))
             subprocess.run(shared, check=False, env=environment)
             # what cannot be had stops only the runs that need it
             ready = [run for run in runs if pipeline.has_inputs(run)]
@@ -181,8 +178,8 @@ def _run(args: argparse.Namespace) -> int:
             code = side_by_side(pipeline, runs, places, keep_going=args.keep_going, environment=environment)
             if code and not args.keep_going:
                 return code
-        command += ["--keep-going"] if keep_going else []
-        code = subprocess.run([*command, *stages], check=False, env=environment).returncode
+        command = repro(pipeline, *(["--keep-going"] if keep_going else []), *stages)
+        code = subprocess.run(command, check=False, env=environment).returncode
         for dataset in set(args.target).intersection(pipeline.datasets(pipeline.seeds)):
             if code == 0:  # its record may be here without it
                 restore(results.profile, "data", dataset)

@@ -25,6 +25,14 @@ DVC = (sys.executable, "-m", "dvc")
 WAITING_SECONDS = 5.0
 
 
+def repro(plan: Pipeline, *arguments: str) -> list[str]:
+    """Return the command `dvc repro` for stages of a profile.
+
+    Where results are in git, weights are not: what lacks only them is not trained again.
+    """
+    return [*DVC, "repro", *(["--allow-missing"] if plan.in_git else []), *arguments]
+
+
 class Places:
     """Where trainings run side by side: GPUs, of which each takes what it can use, or places without."""
 
@@ -113,8 +121,7 @@ def side_by_side(
     """
     shared, stale = plan.shared_stages(runs), changed(environment, plan.in_git)
     if stale & set(shared):
-        command = [*DVC, "repro", *(["--allow-missing"] if plan.in_git else []), *shared]
-        code = subprocess.run(command, check=False, env=environment).returncode
+        code = subprocess.run(repro(plan, *shared), check=False, env=environment).returncode
         if code:
             return code
         stale = changed(environment, plan.in_git)
