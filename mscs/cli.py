@@ -21,7 +21,7 @@ from mscs.launch import evaluate, predict, train
 from mscs.params import Resolved, load_params, parse_overrides
 from mscs.paths import RESULTS, SeedFiles, read_resolved
 from mscs.results import read_mapping
-from mscs.settings import Settings
+from mscs.settings import NAME, Settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,7 +183,7 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     given = parse_overrides(args.set)
     if args.name is None:
         return given
-    if not re.fullmatch("[A-Za-z0-9_-]+", args.name):
+    if not re.fullmatch(NAME, args.name):
         raise UsageError(f"--name {args.name!r}: accepted are letters, digits, _ and -")
     profile = args.profile or load_params(args.params).profile
     path = SeedFiles(profile, f"{args.run}+{args.name}", 0).variant

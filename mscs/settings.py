@@ -50,7 +50,8 @@ Side = Annotated[Int, Field(ge=16)]
 Weight = Annotated[Float, Field(ge=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Ratio = Annotated[Float, Field(ge=0.01, le=100)]
-Name = Annotated[str, Field(pattern="^[A-Za-z0-9_-]+$")]
+NAME = "[A-Za-z0-9_-]+"
+Name = Annotated[str, Field(pattern=f"^{NAME}$")]
 """Of what becomes part of paths and commands."""
 ImportPath = Annotated[str, Field(pattern=f"^{IMPORT_PATH}$")]
 """Code of the user's own, see `mscs.modules`."""
