@@ -79,6 +79,15 @@ class Block(BaseModel):
                 marks = [mark for mark in info.metadata if isinstance(mark, Affects)]
                 yield key_of(name, info), marks[0] if marks else self.affects, plain[key_of(name, info)]
 
+    def keys_in_use(self) -> Iterator[str]:
+        """Yield the flat keys of this block and the blocks in it, also those that have their default."""
+        for name, info in type(self).model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, Block):
+                yield from value.keys_in_use()
+            elif not blocks_in(info):
+                yield key_of(name, info)
+
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 

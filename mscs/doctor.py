@@ -15,7 +15,6 @@ from typing import Any
 
 from mscs import memory, numerics
 from mscs.command_line import add_command
-from mscs.datasets import DATASETS
 from mscs.datasets.spec import default_root
 from mscs.errors import UsageError, unknown_name
 from mscs.params import Params, load_params
@@ -26,9 +25,14 @@ from mscs.settings import Settings
 LOCK = Path("requirements.lock")
 PYTHON = (3, 11)
 CUDA = 13000  # what the pinned PyTorch is built for, as the driver counts: 1000 * major + 10 * minor
-NEEDS = {"mini": {"disk": 3, "memory": 4, "gpu": 0}, "paper": {"disk": 250, "memory": 64, "gpu": 24}}
-"""GB of free disk, memory and memory of one GPU. Paper: the four datasets unpacked with their archives (about
-100 GB), weights and two checkpoints of 80 runs. Both are planning figures."""
+NEEDS = {
+    "mini": {"disk": 3, "memory": 4, "gpu": 0},
+    "small": {"disk": 8, "memory": 8, "gpu": 0},
+    "paper": {"disk": 250, "memory": 64, "gpu": 24},
+}
+"""GB of free disk, memory and memory of one GPU. Small: two trainings of 3 GB side by side, weights and two
+checkpoints of 48. Paper: the four datasets unpacked with their archives (about 100 GB), weights and two
+checkpoints of 80 runs. All are planning figures."""
 STATES = ("ok", "warning", "problem")
 
 
@@ -92,7 +96,7 @@ def examine(profile: str) -> Iterator[Finding]:
     else:
         yield from check_docker(profile)
     yield from check_room(profile)
-    yield from check_data(profile)
+    yield from check_data(load_params(), profile)
     yield check_links()
 
 
@@ -220,15 +224,18 @@ def check_room(profile: str) -> Iterator[Finding]:
         yield Finding("shared memory", "problem", f"{size / 1e6:.0f} MB", remedy)
 
 
-def check_data(profile: str) -> Iterator[Finding]:
-    """The folders of the real datasets and whether the Cityscapes login is given; mini draws its own data."""
-    if profile == "mini":
+def check_data(params: Params, profile: str) -> Iterator[Finding]:
+    """The folders of a profile's real datasets, and the Cityscapes login if it needs one."""
+    data = [params.resolve(run, profile).settings.data for run in params.runs_of(profile)]
+    names = list(dict.fromkeys(of_run.name for of_run in data if of_run.source == "real"))
+    if not names:
         yield Finding("data", "ok", "generated when needed")
-        return
-    for name in DATASETS:
+    for name in names:
         root = default_root(name)
         remedy = f"the pipeline fetches it when needed; or set MSCS_DATA to the folder that holds {name}/"
         yield _finding(f"data {name}", root.is_dir(), str(root), remedy, "warning")
+    if "cityscapes" not in names:
+        return
     given = all(os.environ.get(f"CITYSCAPES_{part}") for part in ("USERNAME", "PASSWORD"))
     good = given or default_root("cityscapes").is_dir()
     remedy = "set CITYSCAPES_USERNAME and CITYSCAPES_PASSWORD: the pipeline does not ask"

@@ -31,6 +31,14 @@ def test_runs_and_show_print_json(project, capsys):
         assert key in shown["sources"]
 
 
+def test_show_tells_what_a_run_does_not_use(project, capsys):
+    assert main(["show", "cityscapes-hrnet-hr48-ce"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    unused = {key for key, line in lines.items() if line.endswith("not used by this run")}
+    assert {"temperature", "exp_decay"} <= unused
+    assert not {"validate_every", "initial_weights", "lr"} & unused, "a key with its default is in use"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

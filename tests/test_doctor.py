@@ -9,6 +9,7 @@ import pytest
 
 from mscs import doctor
 from mscs.cli import main
+from mscs.params import load_params
 
 
 def states(findings):
@@ -18,7 +19,7 @@ def states(findings):
 def test_every_warning_and_problem_has_a_remedy_and_the_exit_code_follows(capsys, monkeypatch):
     monkeypatch.delenv("MSCS_IN_CONTAINER", raising=False)
     monkeypatch.setenv("CITYSCAPES_PASSWORD", "hidden-password")
-    for profile in ("mini", "paper"):
+    for profile in ("mini", "small", "paper"):
         code = main(["doctor", "--profile", profile, "--json"])
         text = capsys.readouterr().out
         findings = json.loads(text)
@@ -131,12 +132,16 @@ def test_data_folders_and_login(monkeypatch, tmp_path):
     for name in ("CITYSCAPES_USERNAME", "CITYSCAPES_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "ade20k").mkdir()
-    found = states(doctor.check_data("paper"))
+    params = load_params()
+    found = states(doctor.check_data(params, "paper"))
+    paper = {f"data {name}" for name in ("cityscapes", "ade20k", "pascal_context", "cadis")}
+    assert found.keys() == {*paper, "cityscapes login"}
     assert [name for name, state in found.items() if state == "ok"] == ["data ade20k"]
     assert found["cityscapes login"] == "warning"
-    assert states(doctor.check_data("mini")) == {"data": "ok"}
+    assert states(doctor.check_data(params, "mini")) == {"data": "ok"}
+    assert states(doctor.check_data(params, "small")) == {"data camvid": "warning"}
     (tmp_path / "cityscapes").mkdir()
-    assert states(doctor.check_data("paper"))["cityscapes login"] == "ok"
+    assert states(doctor.check_data(params, "paper"))["cityscapes login"] == "ok"
 
 
 def test_room(monkeypatch):
