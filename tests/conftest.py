@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -56,6 +58,30 @@ def project(new_project, tmp_path, monkeypatch):
     """Return an empty project of its own, which is the current folder."""
     monkeypatch.chdir(new_project(tmp_path / "project"))
     return Path.cwd()
+
+
+@pytest.fixture(scope="session")
+def new_pipeline(tmp_path_factory):
+    """Return a function that copies the code into a folder without git and writes a pipeline there.
+
+    It takes what changes the parsed params.yaml, and what else there is to do in the folder before.
+    """
+
+    def make(change, prepare=lambda folder: None) -> Path:
+        folder = tmp_path_factory.mktemp("pipeline") / "project"
+        for name in ("mscs", "reproduce"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.*"))
+        shutil.copy(ROOT / "numerics.yaml", folder)
+        document = yaml.safe_load((ROOT / "params.yaml").read_text())
+        change(document)
+        (folder / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+        (folder / ".venv").symlink_to(sys.prefix)
+        prepare(folder)
+        for command in (["dvc", "init", "--no-scm", "-q"], ["reproduce", "pipeline"]):
+            subprocess.run([sys.executable, "-m", *command], cwd=folder, check=True)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

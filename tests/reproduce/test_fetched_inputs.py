@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from mscs.datasets import DATASETS
 from mscs.datasets.toy import write_dataset
@@ -31,7 +30,6 @@ from mscs.results import write_json
 from reproduce import cli, stages
 from reproduce.pipeline import Pipeline
 
-ROOT = Path(__file__).parents[2]
 SITE = "https://www.cityscapes-dataset.com"
 BACKBONE = "test_resnet.r160_in1k"
 RUNS = ("cityscapes-hrnet-hr48-ours-equal-weights", "cityscapes-hrnet-hr48-ours")
@@ -146,27 +144,26 @@ def publisher(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory, publisher):
+def fresh(new_pipeline, publisher):
     """Return a copy of the project, cut down, without data, and an environment of a machine without cache."""
-    folder = tmp_path_factory.mktemp("fresh") / "project"
-    for name in ("mscs", "reproduce"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.*"))
-    shutil.copy(ROOT / "numerics.yaml", folder)
-    (folder / ".venv").symlink_to(sys.prefix)
-    reader = folder / "mscs/datasets/cityscapes.py"
-    text, changes = re.subn(
-        r"^SPLITS = .*$", f"SPLITS = {SPLITS | {'test': 1}}", reader.read_text(), flags=re.M
-    )
-    assert changes == 1
-    reader.write_text(text)
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    document["profile"] = "paper"
-    document["profiles"]["paper"] = {
-        "rewrite": {"backbone": {"hrnet_w48.ms_in1k": BACKBONE}},
-        "models": {"hrnet-*": {"model_options": {"output_stride": 32, "head_channels": 8}}},
-        "runs": dict.fromkeys(RUNS, CUT),
-    }
-    (folder / "params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+
+    def cut(document):
+        document["profile"] = "paper"
+        document["profiles"]["paper"] = {
+            "rewrite": {"backbone": {"hrnet_w48.ms_in1k": BACKBONE}},
+            "models": {"hrnet-*": {"model_options": {"output_stride": 32, "head_channels": 8}}},
+            "runs": dict.fromkeys(RUNS, CUT),
+        }
+
+    def fewer_images(folder):
+        reader = folder / "mscs/datasets/cityscapes.py"
+        text, changes = re.subn(
+            r"^SPLITS = .*$", f"SPLITS = {SPLITS | {'test': 1}}", reader.read_text(), flags=re.M
+        )
+        assert changes == 1
+        reader.write_text(text)
+
+    folder = new_pipeline(cut, fewer_images)
     patches = folder.with_name("patches")
     patches.mkdir()
     (patches / "sitecustomize.py").write_text(REDIRECTION.replace("{site}", SITE))
@@ -180,8 +177,6 @@ def fresh(tmp_path_factory, publisher):
         "MSCS_WEIGHTS": str(folder.with_name("weights")),
         "MSCS_RUNTIME": "native",
     }
-    for command in (["-m", "dvc", "init", "--no-scm", "-q"], ["-m", "reproduce", "pipeline"]):
-        subprocess.run([sys.executable, *command], cwd=folder, env=environment, check=True)
     return folder, environment
 
 

@@ -17,12 +17,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mscs.params import load_params
-from reproduce.pipeline import Pipeline, default_runs
+from reproduce.pipeline import default_runs
 
-ROOT = Path(__file__).parents[2]
 RUNS = int(os.environ.get("MSCS_TRIAL_RUNS", "3"))
 STEPS = int(os.environ.get("MSCS_TRIAL_STEPS", "40"))
 NODES = ("n1", "n2", "n3", "n4")
@@ -94,25 +91,18 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def projects(tmp_path_factory):
+def projects(new_pipeline, params):
     """Return two copies of the project, and the runs to train."""
-    first = tmp_path_factory.mktemp("trial") / "native"
-    for name in ("mscs", "reproduce"):
-        shutil.copytree(ROOT / name, first / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.*"))
-    shutil.copy(ROOT / "numerics.yaml", first)
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    mini = document["profiles"]["mini"]
-    runs = default_runs(load_params(ROOT / "params.yaml"))[:RUNS]
-    if STEPS:
+    runs = default_runs(params)[:RUNS]
+
+    def shorten(document):
+        mini = document["profiles"]["mini"]
         mini["defaults"] |= {"train_images": 8, "val_images": 2}
         # 400 of the paper's steps are one of mini
         short = {"steps": 400 * STEPS, "crop_size": [64, 128], "log_every": 4, "checkpoint_every": 2}
         mini["runs"] |= {run: mini["runs"].get(run, {}) | short for run in runs}
-    (first / "params.yaml").write_text(yaml.safe_dump(document))
-    (first / ".venv").symlink_to(sys.prefix)
-    with contextlib.chdir(first):
-        Pipeline(load_params()).write()
-        subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)
+
+    first = new_pipeline(shorten if STEPS else lambda document: None)
     return first, Path(shutil.copytree(first, first.with_name("slurm"), symlinks=True)), runs
 
 

@@ -8,15 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import yaml
 
 from mscs.params import load_params
 from reproduce.pipeline import Pipeline
 
-ROOT = Path(__file__).parents[2]
 RUN = "cityscapes-hrnet-hr48-ours-b8-40k"
 KILLS = 30
 SECONDS = 2.0
@@ -24,25 +21,17 @@ SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(new_pipeline):
     """A copy of the project whose run takes a few steps; everything before its training is done."""
-    folder = tmp_path_factory.mktemp("killed") / "project"
-    for name in ("mscs", "reproduce"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.*"))
-    shutil.copy(ROOT / "numerics.yaml", folder)
-    document = yaml.safe_load((ROOT / "params.yaml").read_text())
-    mini = document["profiles"]["mini"]
-    mini["defaults"] |= {"train_images": 8, "val_images": 2}
-    # 1600 of the paper's steps are 4 of mini
-    mini["runs"][RUN] = {"steps": 1600, "crop_size": [32, 64], "log_every": 1, "checkpoint_every": 2}
-    (folder / "params.yaml").write_text(yaml.safe_dump(document))
-    (folder / ".venv").symlink_to(sys.prefix)
-    before = Path.cwd()
-    os.chdir(folder)
-    pipeline = Pipeline(load_params())
-    pipeline.write()
-    os.chdir(before)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=folder, check=True)
+
+    def shorten(document):
+        mini = document["profiles"]["mini"]
+        mini["defaults"] |= {"train_images": 8, "val_images": 2}
+        # 1600 of the paper's steps are 4 of mini
+        mini["runs"][RUN] = {"steps": 1600, "crop_size": [32, 64], "log_every": 1, "checkpoint_every": 2}
+
+    folder = new_pipeline(shorten)
+    pipeline = Pipeline(load_params(folder / "params.yaml"))
     repro(folder, pipeline.data_stage("cityscapes")).wait()
     return folder, pipeline.stages_of(RUN)[0]
 
