@@ -142,9 +142,10 @@ def explained(settings: Settings, world: World) -> Iterator[None]:
         again = "The same command goes on from the last checkpoint"
         if isinstance(error, torch.OutOfMemoryError):
             images = settings.schedule.batch_size // world.size
-            advice = "; ".join(memory_advice(settings, world.size))
             said = (
-                f"the GPU's memory does not hold {images} images per process ({reason}) What helps: {advice}"
+                f"the GPU's memory does not hold {images} images per process ({reason}) The same result with "
+                f"less: --set model_options={{checkpointing: true}}, or more processes on as many GPUs. "
+                f"`mscs doctor {settings.run} --profile {settings.profile} --measure` tries what else helps"
             )
         elif world.size > 1 and is_lost_peer(error):
             said = f"another process of this training was lost; its own message says why. {again}"
@@ -161,28 +162,3 @@ def explained(settings: Settings, world: World) -> Iterator[None]:
         else:
             raise
         raise MscsError(said) from error
-
-
-def memory_advice(settings: Settings, processes: int) -> list[str]:
-    """Return what makes a training need less GPU memory, mildest first."""
-    schedule, contrastive = settings.schedule, settings.loss.contrastive
-    advice = []
-    if not settings.model.options.get("checkpointing"):
-        advice.append("--set model_options={checkpointing: true}: slower, the same result")
-    if schedule.groups % (2 * processes) == 0:
-        part = schedule.batch_size // (2 * processes)
-        advice.append(f"--processes {2 * processes} on as many GPUs: {part} images each, the same result")
-    if settings.machine.precision == "fp32":
-        advice.append("--set precision=bf16: activations take half")
-    if schedule.groups % (2 * schedule.accumulation_steps * processes) == 0:
-        advice.append(
-            f"--set accumulation_steps={2 * schedule.accumulation_steps} --set batch_norm=part: half the "
-            "images at a time, another model (batch norm sees parts of the batch)"
-        )
-    if contrastive is not None and contrastive.sampling == "all":
-        advice.append("--set sampling=balanced: no more than max_anchors rows per scale")
-    if settings.data.augmentation.scale_range is not None:
-        height, width = (max(32, side * 3 // 4 // 32 * 32) for side in schedule.crop_size)
-        share = height * width / math.prod(schedule.crop_size)
-        advice.append(f"--set crop_size=[{height},{width}]: {share:.0%} of the pixels")
-    return advice
