@@ -13,9 +13,9 @@ those of its record. Needs `pip install segmentation-models-pytorch`.
 
 import argparse
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-import segmentation_models_pytorch as smp
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -40,6 +40,8 @@ class Peer(torch.nn.Module):
 
     def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
+        import segmentation_models_pytorch as smp
+
         backbone = "tu-tf_efficientnet_lite0"
         self.network = smp.UPerNet(
             backbone, encoder_weights=None, classes=num_classes, decoder_channels=channels
@@ -107,7 +109,7 @@ def main() -> None:
         "miou": scores(confusion)["miou"],
         "images_per_cpu_second": schedule.steps * schedule.batch_size / seconds,
         "torch": torch.__version__,
-        "segmentation_models_pytorch": smp.__version__,
+        "segmentation_models_pytorch": version("segmentation-models-pytorch"),
     }
     write_json(RESULTS, [*(read_json(RESULTS) if RESULTS.exists() else []), row])
     print(row)
