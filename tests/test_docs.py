@@ -520,3 +520,20 @@ def test_performance_names_every_benchmark_and_every_result():
     assert [name for name in scripts if name not in text] == []
     for result in (ROOT / "benchmarks" / "results").glob("*.md"):
         assert any(result.relative_to(ROOT).match(pattern) for pattern in patterns), result.name
+
+
+def test_readme_shows_the_results_of_profile_small():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    shown = [[x.strip() for x in line.split("|")[2:5]] for line in lines if re.match(r"\| (mIoU|5-NN)", line)]
+    results = tables.Results("small", ROOT / "results")
+    expected = []
+    for network in ("hrnet-hr48", "upernet-r101"):
+        pair = [results.score(f"cityscapes-{network}-{loss}", "ss") for loss in ("ce", "ours")]
+        assert pair[0].n == pair[1].n
+        expected.append([str(pair[0].n), *(f"{score.number:.1f} ± {score.std:.1f}" for score in pair)])
+    separation = results.read("figures/fig1.json")
+    for space in ("all scales", "scale 0, stride 4"):
+        pair = [separation[f"{word} the contrastive loss"][space] for word in ("without", "with")]
+        texts = [f"{x['knn_accuracy']:.1f} ± {x['knn_accuracy_std']:.1f}" for x in pair]
+        expected.append([str(expected[1][0]), *texts])
+    assert shown == expected
