@@ -171,7 +171,8 @@ def weights_folder() -> Path:
 
 def given_data() -> dict[str, Path]:
     """Return the archives and folders that the environment names for datasets, by variable."""
-    return {key: Path(x).expanduser().resolve() for key, x in os.environ.items() if key.startswith(GIVEN)}
+    given = {key: x for key, x in os.environ.items() if key.startswith(GIVEN) and x}
+    return {key: Path(x).expanduser().resolve() for key, x in given.items()}
 
 
 def mounts(root: Path, *given: Path, writes_data: bool = False) -> dict[Path, str]:

@@ -48,7 +48,7 @@ SCRIPT = """\
 #!/bin/bash
 cd {tree} || exit 1
 rm -f ../exit
-end() {{ echo "$1" > ../exit.part; mv ../exit.part ../exit; exit "$1"; }}
+end() {{ echo "$1" > ../exit.part && mv ../exit.part ../exit; exit "$1"; }}
 [ ! -e ../cancel ] || end 143
 [ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] || unset MSCS_FRESH
 {command} &
@@ -85,7 +85,10 @@ def run_as_job(verb: str, profile: str, names: Sequence[str]) -> int:
     code = follow(folder, name, job)
     if code == 0:
         bring_home(folder / "tree")
-        shutil.rmtree(folder)
+        gone = folder.with_name(f".{name}")  # first under another name: half of it would look like a job
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
     return code
 
 
@@ -209,7 +212,7 @@ def _slurm(line: Sequence[str], environment: dict[str, str] | None = None) -> st
 
 def exit_code(folder: Path) -> int | None:
     """Return the exit code of a job that has ended, which it wrote last."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, ValueError):  # an empty one is of a full disk
         return int((folder / "exit").read_text())
     return None
 

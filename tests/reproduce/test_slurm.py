@@ -346,3 +346,8 @@ def test_resources_follow_groups_and_measured_hours(project, params):
         *four,
         f"--time={60 * math.ceil(hours / 4 * 1.5 + 1)}",
     ]
+
+
+def test_an_exit_code_that_a_full_disk_cut_off_is_none(tmp_path):
+    (tmp_path / "exit").touch()
+    assert slurm.exit_code(tmp_path) is None
