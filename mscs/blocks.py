@@ -64,29 +64,20 @@ class Block(BaseModel):
         own = [name for name, info in fields if not blocks_in(info) and not is_switch(info)]
         return {name: getattr(self, name) for name in own if name not in ("name", *without)}
 
-    def walk(self) -> Iterator[tuple[str, Affects, Any]]:
+    def walk(self, *, defaults: bool = False) -> Iterator[tuple[str, Affects, Any]]:
         """Yield (flat key, what it affects, JSON value) of this block and the blocks in it.
 
-        A key with a default is left out where it has that value: a setting that is added later, with the
-        default that all runs had so far, changes none of them.
+        Without `defaults`, a key with a default is left out where it has that value: a setting that is added
+        later, with the default that all runs had so far, changes none of them.
         """
         plain = self.model_dump(mode="json", by_alias=True)
         for name, info in type(self).model_fields.items():
             value = getattr(self, name)
             if isinstance(value, Block):
-                yield from value.walk()
-            elif not blocks_in(info) and (info.is_required() or value != info.default):
+                yield from value.walk(defaults=defaults)
+            elif not blocks_in(info) and (defaults or info.is_required() or value != info.default):
                 marks = [mark for mark in info.metadata if isinstance(mark, Affects)]
                 yield key_of(name, info), marks[0] if marks else self.affects, plain[key_of(name, info)]
-
-    def keys_in_use(self) -> Iterator[str]:
-        """Yield the flat keys of this block and the blocks in it, also those that have their default."""
-        for name, info in type(self).model_fields.items():
-            value = getattr(self, name)
-            if isinstance(value, Block):
-                yield from value.keys_in_use()
-            elif not blocks_in(info):
-                yield key_of(name, info)
 
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)

@@ -153,7 +153,7 @@ def _show(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({**resolved.values, "sources": dict(resolved.sources)}, indent=1))
         return
-    used = set(resolved.settings.keys_in_use())
+    used = {key for key, _, _ in resolved.settings.walk(defaults=True)}
     width = max(map(len, resolved.values))
     for key, value in resolved.values.items():
         source = resolved.sources.get(key, "") if key in used else "not used by this run"
